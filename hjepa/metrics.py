@@ -1,0 +1,154 @@
+"""Readers and measures of frozen features: tensors in, hits or numbers out, with an interval for each.
+
+The idea: a reader that learns little (nearest neighbours, one linear layer) shows what the features hold;
+rank, spread and similarity show collapse and drift without any label.
+Sources: weighted kNN, Wu et al. 2018 (arXiv:1805.01978, section 3.4); effective rank, Roy & Vetterli 2007
+(EUSIPCO); linear CKA, Kornblith et al. 2019 (arXiv:1905.00414, section 3); grouped jackknife, Efron &
+Tibshirani 1993 (chapter 11).
+Not covered: how features are made (`hjepa.evaluate`), the search over a probe's regularisation (one fixed
+value, see `linear_probe`), unbiased CKA.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+Interval = tuple[float, float, float]  # value, low, high
+PCA_ABOVE, PCA_DIMS = 1024, 256  # the probe reduces features wider than the first number to the second
+
+
+# ---- readers: each returns one hit or miss per query
+
+
+def knn_accuracy(
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: int = 10,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Hits [Q] (bool) of a k-nearest-neighbour vote; its mean is the accuracy.
+
+    gallery [G, D], queries [Q, D], labels int64. The k most similar gallery rows by cosine vote with weight
+    exp(similarity / temperature). ValueError if k is not between 1 and G.
+    """
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"k={k} neighbours: a gallery of {len(gallery)} allows 1 to {len(gallery)}")
+    similarity, index = (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk(k, dim=1)  # [Q, k]
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the same vote, without overflow
+    votes = torch.zeros(len(queries), int(gallery_labels.max()) + 1)
+    votes.scatter_add_(1, gallery_labels[index], weight)
+    return votes.argmax(dim=1) == query_labels
+
+
+def retrieval_hits(queries: Tensor, gallery: Tensor) -> Tensor:
+    """Hits [N] (bool) of same-picture retrieval: row i of `gallery` is nearest (cosine) to query i.
+
+    Both [N, D]. ValueError if the shapes differ.
+    """
+    if queries.shape != gallery.shape:
+        raise ValueError(f"queries {list(queries.shape)} and gallery {list(gallery.shape)} differ in shape")
+    nearest = (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).argmax(dim=1)
+    return nearest == torch.arange(len(queries))
+
+
+def linear_probe(features: Tensor, labels: Tensor, *, max_iter: int = 300) -> Pipeline:
+    """Fit the one fixed linear reader: standardise, then logistic regression (lbfgs) with C = 10 / D.
+
+    features [N, D]. The 1/D makes the penalty act alike on narrow and wide features. Features wider than 1024
+    (raw pixels) are projected on their first 256 principal components after standardising: with this penalty
+    nearly the same classifier, and some forty times faster.
+    """
+    width = features.shape[1]
+    steps = [StandardScaler(), LogisticRegression(C=10 / width, max_iter=max_iter)]
+    if width > PCA_ABOVE:
+        steps.insert(1, PCA(min(PCA_DIMS, len(features)), svd_solver="randomized", random_state=0))
+    probe = make_pipeline(*steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return probe.fit(features.numpy(), labels.numpy())
+
+
+def probe_hits(probe: Pipeline, features: Tensor, labels: Tensor) -> Tensor:
+    """Hits [N] (bool) of a fitted probe on features [N, D]."""
+    return torch.from_numpy(probe.predict(features.numpy()) == labels.numpy())
+
+
+# ---- collapse and similarity
+
+
+def effective_rank(features: Tensor) -> float:
+    """Number of directions the features [N, D] really use: exp of the entropy of their singular values.
+
+    The features are centred, the singular values divided by their sum (Roy & Vetterli 2007). k orthogonal
+    directions of equal strength give k. Features that are all equal (spread below 1e-6 of their size) give 0.
+    """
+    x = features.double()
+    centred = x - x.mean(dim=0)
+    if centred.norm() <= 1e-6 * x.norm():
+        return 0.0
+    gram = centred.T @ centred if x.shape[1] <= x.shape[0] else centred @ centred.T
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = singular / singular.sum()
+    return float(torch.special.entr(p).sum().exp())
+
+
+def feature_std(features: Tensor) -> float:
+    """Mean over channels of the standard deviation over pictures, of L2-normalised features [N, D].
+
+    0 when all pictures look alike to the encoder, at most about 1 / sqrt(D).
+    """
+    return float(F.normalize(features.double(), dim=1).std(dim=0).mean())
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of x [N, D] and y [N, E]: 1 if they agree up to rotation and scale.
+
+    The estimate has a positive bias of order D / N: compare values of the same N and widths only.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"CKA compares the same pictures in the same order; got {len(x)} and {len(y)} rows")
+    x, y = x.double() - x.double().mean(dim=0), y.double() - y.double().mean(dim=0)
+    scale = float((x.T @ x).norm() * (y.T @ y).norm())
+    return float((y.T @ x).norm() ** 2) / scale if scale > 0 else 0.0
+
+
+# ---- intervals
+
+
+def bootstrap_interval(hits: Tensor, n: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Mean of hits [Q] with a percentile bootstrap interval over the queries.
+
+    It covers the choice of test pictures, not the training seed (see `hjepa.tables.summarise`). If every
+    query hits, or every one misses, the interval has no width.
+    """
+    values = hits.double().numpy()
+    draws = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(values.mean()), float(low), float(high)
+
+
+def jackknife_interval(
+    statistic: Callable[[Tensor], float], n: int, groups: int = 10, seed: int = 0
+) -> Interval:
+    """Value and 95 % interval of a statistic of n rows that is no mean; `statistic` takes row indices.
+
+    Each of the groups is left out in turn. (Resampling with repetition would lower an effective rank.)
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    value = statistic(torch.arange(n))
+    parts = order.chunk(min(groups, n))
+    left_out = torch.tensor([statistic(torch.cat(parts[:g] + parts[g + 1 :])) for g in range(len(parts))])
+    error = math.sqrt((len(parts) - 1) * float(left_out.var(correction=0)))
+    return value, value - 1.96 * error, value + 1.96 * error

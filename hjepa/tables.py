@@ -1,0 +1,137 @@
+"""Rows of results: average over seeds, write to CSV, print as a table.
+
+A row is a plain dict with encoder, size (height, width in pixels), metric, value, low, high, n and any tags
+(seed, data set, recipe). Not covered: where rows come from (`hjepa.evaluate`) and figures (`hjepa.plots`).
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Row = dict[str, Any]
+MEASURED = ("value", "low", "high", "n", "interval")  # every other key of a row says what was measured
+
+
+def size_pair(size: Any) -> tuple[int, int]:
+    """Image size in pixels as (height, width): 64, (64, 96), [64, 96], "64" and "64x96" are understood."""
+    try:
+        parts = (
+            size.split("x") if isinstance(size, str) else list(size) if hasattr(size, "__iter__") else [size]
+        )
+        height, width = (int(parts[0]), int(parts[-1])) if len(parts) in (1, 2) else (0, 0)
+    except ValueError:
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(f"image size {size!r} is not understood; give a positive integer or (height, width)")
+    return height, width
+
+
+def size_text(size: Any) -> str:
+    """ "64" for a square, "64x96" for height 64 and width 96."""
+    height, width = size_pair(size)
+    return f"{height}" if height == width else f"{height}x{width}"
+
+
+def summarise(
+    rows: Sequence[Row], over: str = "seed", *, interval: str = "t", level: float = 0.95
+) -> list[Row]:
+    """One row per setting: the mean over `over`, with an interval over its values; n is their number.
+
+    interval "t": Student's t at the given level (3 seeds: mean +- 4.30 standard errors, so wide); "range":
+    the smallest and largest value. A single seed keeps the row's own interval, then named "pictures".
+    Rows are grouped by every key that is no measurement, so data sets or recipes are never mixed. ValueError
+    if a row lacks `over`, or if one setting has the same seed twice.
+    """
+    if interval not in ("t", "range"):
+        raise ValueError(f"interval {interval!r} is not known; choose t or range")
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if over not in row:
+            raise ValueError(f"rows have no {over!r} to average over; their keys are {', '.join(row)}")
+        groups.setdefault(tuple(sorted(_setting(row, over).items())), []).append(row)
+    return [_average(members, over, interval, level) for members in groups.values()]
+
+
+def _setting(row: Row, over: str) -> Row:
+    kept = {key: value for key, value in row.items() if key not in (*MEASURED, over)}
+    return kept | {"size": size_pair(row["size"])}
+
+
+def _average(members: list[Row], over: str, interval: str, level: float) -> Row:
+    setting = _setting(members[0], over)
+    if len({row[over] for row in members}) < len(members):
+        raise ValueError(f"{over} {[row[over] for row in members]} repeats for {setting}; is a tag missing?")
+    values = np.array([row["value"] for row in members], dtype=float)
+    n, mean = len(values), float(values.mean())
+    if n == 1:
+        low, high, interval = members[0]["low"], members[0]["high"], "pictures"
+    elif interval == "range":
+        low, high = float(values.min()), float(values.max())
+    else:
+        half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+        low, high = mean - half, mean + half
+    return {**setting, "value": mean, "low": low, "high": high, "n": n, "interval": interval}
+
+
+def rows_to_csv(rows: Sequence[Row], path: str | Path) -> None:
+    """Write rows as CSV; numbers with 6 significant digits, sizes as "64" or "64x96", tags first."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    columns = [name for name in names if name not in MEASURED] + [name for name in MEASURED if name in names]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            cells = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+            writer.writerow(cells | {"size": size_text(row["size"])})
+
+
+def rows_from_csv(path: str | Path) -> list[Row]:
+    """Read what `rows_to_csv` wrote: size as a pair, numbers as int or float, empty cells left out."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {key: _parse(key, text) for key, text in row.items() if text != ""}
+            for row in csv.DictReader(file)
+        ]
+
+
+def _parse(key: str, text: str) -> Any:
+    if key == "size":
+        return size_pair(text)
+    kinds = (float,) if key in ("value", "low", "high") else (int, float)
+    for kind in kinds:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def format_table(rows: Sequence[Row], metric: str, *, interval: bool = False) -> str:
+    """Plain text: one line per encoder, one column per size (smallest first), "-" where nothing was measured.
+
+    ValueError if no row has the metric, or if two rows claim one cell (average them with `summarise` first).
+    """
+    chosen = [row for row in rows if row["metric"] == metric]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(row["metric"] for row in rows)) or "none"
+        raise ValueError(f"no row has metric {metric!r}; the rows have: {known}")
+    cells: dict[tuple[str, tuple[int, int]], str] = {}
+    for row in chosen:
+        place = (row["encoder"], size_pair(row["size"]))
+        if place in cells:
+            raise ValueError(f"two rows for {place[0]!r} at size {size_text(place[1])}; summarise them")
+        cells[place] = f"{row['value']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if interval else "")
+    sizes = sorted({size for _, size in cells}, key=lambda s: (s[0] * s[1], s))
+    lines = [[metric, *map(size_text, sizes)]]
+    for name in dict.fromkeys(name for name, _ in cells):
+        lines.append([name, *(cells.get((name, size), "-") for size in sizes)])
+    first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([name.ljust(first), *(text.rjust(width) for text, width in zip(rest, widths, strict=True))])
+        for name, *rest in lines
+    )
