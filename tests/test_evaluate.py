@@ -156,7 +156,7 @@ def colour_rows():
 
 
 class Fades(PatchMeans):
-    """Right at 8 px; elsewhere it swaps red and green, so a reader fitted at 8 px is wrong and a refit is right."""
+    """Right at 8 px; elsewhere red and green are swapped: the 8 px reader is wrong, a refitted one right."""
 
     def forward(self, images):
         return super().forward(images if images.shape[-1] == 8 else images[:, [1, 0, 2]])
