@@ -1,0 +1,177 @@
+"""Masks: which patches the context encoder sees, and which cells of each level the predictor is asked for.
+
+I-JEPA's multi-block masking (Assran et al., 2023, section 3): four target blocks, one large context block, and the
+context loses every patch of a target block. Block shapes are drawn once a batch, places once a sample.
+
+Added for the hierarchy. Level l cuts the patch grid into cells of 2^l x 2^l patches (the last row and column may be
+smaller). A cell is a target only if the context sees none of its patches. Small blocks seldom cover a coarse cell, so
+each sample also hides one whole cell of the coarsest level; with one level, none.
+
+    patch grid 8 x 8              level 1: 4 x 4 cells         level 2: 2 x 2 cells
+    c c c c c . . .               a cell holding any c         the hidden coarsest cell
+    c c . . c . . .               is no target                 is always a target
+    ...
+
+All samples of a batch keep the same number of tokens: where one has more, a random choice of them is left out, which
+is neither seen nor asked for. Nothing is padded.
+
+Not covered: masks along time, masks drawn from the image's content.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Masks:
+    """Patches seen, `context_idx` `[B, n]`, and cells asked for, one `target_idx[l]` `[B, m_l]` per level, row-major."""
+
+    context_idx: Tensor
+    target_idx: tuple[Tensor, ...]
+
+    def rows(self, rows: slice) -> "Masks":
+        """The masks of some samples."""
+        return Masks(self.context_idx[rows], tuple(t[rows] for t in self.target_idx))
+
+    def to(self, device: torch.device | str) -> "Masks":
+        """The masks on a device."""
+        return Masks(self.context_idx.to(device), tuple(t.to(device) for t in self.target_idx))
+
+
+def level_grid(grid_size: tuple[int, int], level: int) -> tuple[int, int]:
+    """Cells of `level` on a patch grid: (height, width), rounded up."""
+    return -(-grid_size[0] >> level), -(-grid_size[1] >> level)
+
+
+def sample_masks(
+    batch_size: int,
+    grid_size: tuple[int, int],
+    *,
+    levels: int = 3,
+    num_targets: int = 4,
+    target_scale: tuple[float, float] = (0.15, 0.2),
+    target_aspect: tuple[float, float] = (0.75, 1.5),
+    context_scale: tuple[float, float] = (0.85, 1.0),
+    generator: torch.Generator | None = None,
+) -> Masks:
+    """Draw the masks of a batch.
+
+    Args:
+        batch_size: samples B.
+        grid_size: (height, width) of the patch grid.
+        levels: number of levels of the hierarchy, 1 to 4; level 0 is the patches.
+        num_targets: target blocks per sample.
+        target_scale, target_aspect: range of a block's share of the grid and of its height / width.
+        context_scale: range of the context block's share of the grid; its aspect is the grid's own.
+        generator: source of randomness.
+
+    Raises:
+        ValueError: ranges out of order, or a grid too small to leave every sample a context and a target.
+    """
+    _check(levels, num_targets, target_scale, target_aspect, context_scale, grid_size)
+    height, width = grid_size
+    hidden = torch.zeros(batch_size, height, width, dtype=torch.bool)
+    scale, aspect = _uniform(target_scale, generator), _log_uniform(target_aspect, generator)
+    for _ in range(num_targets):
+        hidden |= _blocks(batch_size, grid_size, *_block_shape(grid_size, scale, aspect), generator)
+    if levels > 1:
+        hidden |= _coarse_cells(batch_size, grid_size, levels - 1, generator)
+    share = math.sqrt(_uniform(context_scale, generator))
+    shape = max(1, round(height * share)), max(1, round(width * share))
+    context = _blocks(batch_size, grid_size, *shape, generator) & ~hidden
+    _check_counts(context, grid_size, target_scale, context_scale)
+    context_idx = _choose(context.flatten(1), generator)
+    seen = torch.zeros(batch_size, height * width, dtype=torch.bool).scatter_(1, context_idx, True)
+    targets = [_choose(hidden.flatten(1), generator)]
+    for level in range(1, levels):
+        targets.append(_choose(~_any_in_cell(seen.unflatten(1, grid_size), level).flatten(1), generator))
+    return Masks(context_idx, tuple(targets))
+
+
+def _uniform(bounds: tuple[float, float], generator: torch.Generator | None) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * float(torch.rand((), generator=generator))
+
+
+def _log_uniform(bounds: tuple[float, float], generator: torch.Generator | None) -> float:
+    return math.exp(_uniform((math.log(bounds[0]), math.log(bounds[1])), generator))
+
+
+def _block_shape(grid_size: tuple[int, int], scale: float, aspect: float) -> tuple[int, int]:
+    area = scale * grid_size[0] * grid_size[1]
+    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    return min(max(height, 1), grid_size[0]), min(max(width, 1), grid_size[1])
+
+
+def _blocks(
+    batch: int, grid_size: tuple[int, int], height: int, width: int, generator: torch.Generator | None
+) -> Tensor:
+    """One block of the given shape at a random place in each sample: `[B, H, W]` booleans, True inside."""
+    top = torch.randint(grid_size[0] - height + 1, (batch, 1), generator=generator)
+    left = torch.randint(grid_size[1] - width + 1, (batch, 1), generator=generator)
+    rows, columns = torch.arange(grid_size[0]), torch.arange(grid_size[1])
+    in_rows = (rows >= top) & (rows < top + height)
+    in_columns = (columns >= left) & (columns < left + width)
+    return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def _coarse_cells(batch: int, grid_size: tuple[int, int], level: int, generator: torch.Generator | None) -> Tensor:
+    """One whole cell of `level` in each sample: `[B, H, W]` booleans, True inside."""
+    cells = level_grid(grid_size, level)
+    row = torch.randint(cells[0], (batch, 1), generator=generator)
+    column = torch.randint(cells[1], (batch, 1), generator=generator)
+    in_rows = (torch.arange(grid_size[0]) >> level) == row
+    in_columns = (torch.arange(grid_size[1]) >> level) == column
+    return in_rows[:, :, None] & in_columns[:, None, :]
+
+
+def _any_in_cell(marked: Tensor, level: int) -> Tensor:
+    """Whether a cell of `level` holds any marked patch: `[B, H, W]` -> `[B, cells_h, cells_w]`."""
+    side = 1 << level
+    pooled = torch.nn.functional.max_pool2d(marked[:, None].float(), side, ceil_mode=True)
+    return pooled[:, 0] > 0
+
+
+def _choose(allowed: Tensor, generator: torch.Generator | None) -> Tensor:
+    """As many allowed places of each row as the poorest row has, a random choice, sorted: `[B, K]` -> `[B, n]`."""
+    count = int(allowed.sum(1).min())
+    rank = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, 2.0)
+    return rank.argsort(dim=1)[:, :count].sort(dim=1).values
+
+
+def _check(
+    levels: int,
+    num_targets: int,
+    target_scale: tuple[float, float],
+    target_aspect: tuple[float, float],
+    context_scale: tuple[float, float],
+    grid_size: tuple[int, int],
+) -> None:
+    if not 1 <= levels <= 4:
+        raise ValueError(f"levels={levels} must be 1 to 4")
+    if num_targets < 1:
+        raise ValueError(f"num_targets={num_targets} must be at least 1")
+    for name, (low, high), top in (
+        ("target_scale", target_scale, 1.0),
+        ("target_aspect", target_aspect, math.inf),
+        ("context_scale", context_scale, 1.0),
+    ):
+        if not 0 < low <= high <= top:
+            raise ValueError(f"{name}=({low}, {high}) needs 0 < low <= high" + ("" if top > 1 else " <= 1"))
+    if levels > 1 and max(level_grid(grid_size, levels - 1)) < 2:
+        raise ValueError(
+            f"levels={levels} makes the whole {grid_size[0]}x{grid_size[1]} grid one cell; at most "
+            f"{max(1, (max(grid_size) - 1).bit_length())} levels fit"
+        )
+
+
+def _check_counts(
+    context: Tensor, grid_size: tuple[int, int], target_scale: tuple[float, float], context_scale: tuple[float, float]
+) -> None:
+    if int(context.flatten(1).sum(1).min()) == 0:
+        raise ValueError(
+            f"the targets left a sample without context on the {grid_size[0]}x{grid_size[1]} grid: lower target_scale="
+            f"{tuple(target_scale)}, raise context_scale={tuple(context_scale)}, or use fewer levels or a larger grid"
+        )
