@@ -63,17 +63,19 @@ def retrieval_hits(queries: Tensor, gallery: Tensor) -> Tensor:
     return nearest == torch.arange(len(queries))
 
 
-def linear_probe(features: Tensor, labels: Tensor, *, max_iter: int = 300) -> Pipeline:
-    """Fit the one fixed linear reader: standardise, then logistic regression (lbfgs) with C = 10 / D.
+def linear_probe(features: Tensor, labels: Tensor, *, max_iter: int = 500) -> Pipeline:
+    """Fit the one fixed linear reader: standardise, then logistic regression (lbfgs) with C = 100 / D.
 
-    features [N, D]. The 1/D makes the penalty act alike on narrow and wide features. Features wider than 1024
-    (raw pixels) are projected on their first 256 principal components after standardising: with this penalty
-    nearly the same classifier, and some forty times faster.
+    features [N, D]. The 1/D makes the penalty act alike on narrow and wide features; at D = 100 it is the
+    library's default. Features wider than 1024 (raw pixels) are projected on their first 256 principal
+    components after standardising, a fixed step that bounds the time. A fit that stops at max_iter is used as
+    it is.
     """
     width = features.shape[1]
-    steps = [StandardScaler(), LogisticRegression(C=10 / width, max_iter=max_iter)]
+    steps = [StandardScaler(), LogisticRegression(C=100 / width, max_iter=max_iter)]
     if width > PCA_ABOVE:
-        steps.insert(1, PCA(min(PCA_DIMS, len(features)), svd_solver="randomized", random_state=0))
+        kept = min(PCA_DIMS, len(features))
+        steps.insert(1, PCA(kept, svd_solver="randomized", iterated_power=2, random_state=0))
     probe = make_pipeline(*steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -5,7 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hjepa.evaluate import encode, patch_grid, pool_tokens, raw_pixels, resolution_transfer, with_strategy
+from hjepa.evaluate import (
+    _narrow,
+    effective_rank,
+    encode,
+    linear_cka,
+    patch_grid,
+    pool_tokens,
+    raw_pixels,
+    resolution_transfer,
+    with_strategy,
+)
 
 
 class PatchMeans(nn.Module):
@@ -99,6 +109,14 @@ def test_raw_pixels_at_training_size_are_the_pixels_and_elsewhere_keep_the_pictu
     assert (pixels(smooth) - halves).abs().max() < 0.02
 
 
+def test_raw_pixels_of_a_larger_image_average_over_every_source_pixel():
+    inner = torch.zeros(1, 3, 64, 64)
+    for row in range(20, 24):
+        dot = inner.clone()
+        dot[..., row, 30] = 1
+        assert raw_pixels(16)(dot).sum() / 3 == pytest.approx(1 / 16, rel=0.05)  # one pixel of 4x4, wherever
+
+
 class _Rope:
     strategy = "extrapolate"
 
@@ -156,10 +174,12 @@ def colour_rows():
 
 
 class Fades(PatchMeans):
-    """Right at 8 px; elsewhere red and green are swapped: the 8 px reader is wrong, a refitted one right."""
+    """Right at 8 px; elsewhere red shows green and green nothing: the 8 px reader is wrong, a refit right."""
 
     def forward(self, images):
-        return super().forward(images if images.shape[-1] == 8 else images[:, [1, 0, 2]])
+        if images.shape[-1] != 8:
+            images = images[:, [1, 0, 2]] * torch.tensor([1.0, 0, 1])[:, None, None]
+        return super().forward(images)
 
 
 def test_transfer_of_size_independent_features_is_perfect(colour_rows):
@@ -174,7 +194,9 @@ def test_probe_shows_broken_transfer_and_refit_shows_the_features_still_hold_it(
     assert _value(colour_rows, **at, metric="probe") < 0.05
     assert _value(colour_rows, **at, metric="knn") < 0.05
     assert _value(colour_rows, **at, metric="probe_refit") > 0.98
-    assert _value(colour_rows, **at, metric="cka") == pytest.approx(1, abs=1e-4)  # a swap of channels only
+    assert _value(colour_rows, **at, metric="retrieval") < 0.1
+    assert 0.1 < _value(colour_rows, **at, metric="cka") < 0.98
+    assert _value(colour_rows, encoder="shy", size=(8, 8), metric="cka") == pytest.approx(1)
 
 
 def test_every_encoder_size_and_metric_has_one_tagged_row_with_its_interval(colour_rows):
@@ -200,5 +222,14 @@ def test_gallery_and_query_counts_choose_seeded_subsets():
         resolution_transfer({"e": PatchMeans()}, train, test, **kwargs, seed=seed) for seed in (0, 0, 1)
     )
     assert first == again
+    assert _value(first, metric="knn") == _value(first, metric="probe") == 1  # pictures kept their own labels
     assert {row["n"] for row in first} == {10}
     assert _value(first, metric="effective_rank") != _value(other, metric="effective_rank")
+
+
+def test_narrowed_wide_features_keep_rank_and_cka():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 50, generator=g), torch.randn(20, 30, generator=g)
+    assert _narrow(x).shape == (20, 20)
+    assert effective_rank(_narrow(x)) == pytest.approx(effective_rank(x), rel=1e-6)
+    assert linear_cka(_narrow(x), _narrow(y)) == pytest.approx(linear_cka(x, y), rel=1e-6)

@@ -40,7 +40,7 @@ def _knn_by_loops(gallery, gallery_labels, queries, k, temperature):
         for row, label in zip(gallery.double().numpy(), gallery_labels.tolist(), strict=True):
             cosine = (query @ row) / (np.linalg.norm(query) * np.linalg.norm(row))
             scored.append((cosine, label))
-        votes: dict[int, float] = {}
+        votes = {}
         for cosine, label in sorted(scored, reverse=True)[:k]:
             votes[label] = votes.get(label, 0.0) + math.exp(cosine / temperature)
         guesses.append(max(votes, key=votes.__getitem__))

@@ -28,14 +28,11 @@ def test_other_sizes_are_refused(wrong):
 
 
 def test_seed_average_has_students_t_interval():
-    """Three seeds .50 .52 .57: mean .53, sample deviation .0360555, t(2, 97.5 %) = 4.302653 (a printed table)."""
+    """Seeds .50 .52 .57: mean .53, sample deviation .0360555; printed tables give t(2, .975) = 4.302653."""
     (row,) = summarise([_row(0.50, 0), _row(0.52, 1), _row(0.57, 2)])
     half = 4.302653 * 0.0360555 / 3**0.5
     assert row["value"] == pytest.approx(0.53)
-    assert (row["low"], row["high"]) == (
-        pytest.approx(0.53 - half, abs=1e-6),
-        pytest.approx(0.53 + half, abs=1e-6),
-    )
+    assert [row["low"], row["high"]] == pytest.approx([0.53 - half, 0.53 + half], abs=1e-6)
     assert (row["n"], row["interval"]) == (3, "t") and "seed" not in row
 
 
@@ -103,11 +100,11 @@ def test_table_has_encoders_as_rows_and_sizes_by_area_as_columns():
         _row(0.25, size=(32, 48)),
         _row(0.125, encoder="absolute", size=[32, 32]),
     ]
-    rows.append(_row(0.9, metric="knn"))
+    rows += [_row(0.9, metric="knn"), _row(0.375, size=(96, 8))]
     assert format_table(rows, "probe").splitlines() == [
-        "probe        32  32x48     64",
-        "rope          -  0.250  0.500",
-        "absolute  0.125      -      -",
+        "probe      96x8     32  32x48     64",
+        "rope      0.375      -  0.250  0.500",
+        "absolute      -  0.125      -      -",
     ]
     assert "0.500 [0.400, 0.600]" in format_table(rows, "probe", interval=True)
 
