@@ -1,0 +1,103 @@
+"""What step t of a training run uses, as pure functions of (seed, t): learning rate, pictures, masks, noise.
+
+The idea: nothing depends on what happened before step t, so a run that is stopped and resumed, and a run that is
+split over processes or micro-batches, see the same numbers as one that is neither. There is no random state to
+save; the step is the state.
+
+    pictures   epoch e visits all pictures in the order of a generator seeded by (seed, e)
+    crops      place p of the global batch of step t is augmented from mix(seed, t, p)
+    masks      one draw for the whole global batch of step t, then sliced
+    the rest   dropout and RoPE augmentation: torch's own generator is seeded by (seed, t)
+
+Source: linear warm-up and cosine decay as in Loshchilov & Hutter 2017 (SGDR, arXiv:1608.03983), without restarts.
+Not covered: weighted sampling, data sets of unknown length.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def mix(*words: int | str) -> int:
+    """A 63-bit seed from integers and words, the same on every machine and in every process."""
+    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator_at(seed: int, step: int, use: str) -> torch.Generator:
+    """A fresh CPU generator for one use (for example "masks") of one step."""
+    return torch.Generator().manual_seed(mix(seed, step, use))
+
+
+def lr_at(step: int, *, steps: int, lr: float, min_lr: float = 0.0, warmup: int = 0) -> float:
+    """Learning rate of optimiser step `step` (0 .. steps - 1).
+
+    Linear from lr / warmup to lr over the first `warmup` steps, then half a cosine from lr down towards min_lr,
+    which step `steps` would reach.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+@lru_cache(maxsize=2)
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The order `[size]` in which epoch `epoch` visits the pictures."""
+    return torch.randperm(size, generator=generator_at(seed, epoch, "epoch"))
+
+
+def batch_at(step: int, *, size: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
+    """(picture, crop seed) of each place of the global batch of step `step`; size is the number of pictures.
+
+    A batch may lie across two epochs, so no picture is ever left out.
+    """
+    first = step * batch_size
+    places = []
+    for place in range(batch_size):
+        epoch, offset = divmod(first + place, size)
+        places.append((int(epoch_order(size, seed, epoch)[offset]), mix(seed, step, place)))
+    return places
+
+
+def share(batch_size: int, *, micro: int, accumulate: int, rank: int, processes: int) -> slice:
+    """Rows of the global batch that process `rank` handles in micro-batch `micro`.
+
+    Raises:
+        ValueError: the global batch does not divide evenly.
+    """
+    parts = accumulate * processes
+    if batch_size % parts:
+        near = max(parts, round(batch_size / parts) * parts)
+        raise ValueError(
+            f"batch_size={batch_size} is the global batch and must be a multiple of accumulate x processes = "
+            f"{accumulate} x {processes}; nearest: {near}"
+        )
+    rows = batch_size // parts
+    first = (micro * processes + rank) * rows
+    return slice(first, first + rows)
+
+
+class StepSampler:
+    """Batch sampler of one process: for each step, for each micro-batch, the list of its (picture, crop seed)."""
+
+    def __init__(
+        self, steps: range, *, size: int, batch_size: int, seed: int, accumulate: int, rank: int, processes: int
+    ):
+        self.steps, self.size, self.batch_size, self.seed = steps, size, batch_size, seed
+        self.rows = [
+            share(batch_size, micro=micro, accumulate=accumulate, rank=rank, processes=processes)
+            for micro in range(accumulate)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.rows)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            places = batch_at(step, size=self.size, batch_size=self.batch_size, seed=self.seed)
+            yield from (places[rows] for rows in self.rows)
