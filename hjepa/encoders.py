@@ -18,7 +18,6 @@ Not covered: timm models other than VisionTransformer with its pre-norm Block, a
 `vit_*_rope_*`), which need no wrapper.
 """
 
-import copy
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -83,7 +82,6 @@ class _Encoder(nn.Module):
         _check_image(_pair(img_size), self.patch_size)
         if not use_absolute:
             self.vit.pos_embed = None
-            self.register_load_state_dict_pre_hook(_drop_absolute_table)
         self.rope = self._add_rope(rope_theta, dict(rope or {})) if use_rope else None
 
     def _add_rope(self, theta: float, options: dict[str, Any]) -> VisionRoPE2D:
@@ -100,6 +98,12 @@ class _Encoder(nn.Module):
         for layer, block in enumerate(self.vit.blocks):
             block.attn = RoPEAttentionWrapper(block.attn, rope, layer, self.num_prefix_tokens)
         return rope
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """A checkpoint with an absolute table loads into an encoder without one: the table has no use there."""
+        if not self.use_absolute:
+            state_dict.pop(f"{prefix}vit.pos_embed", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def embed_dim(self) -> int:
@@ -347,14 +351,11 @@ def create_encoder(
     Raises:
         ValueError: a model, size or option that does not fit, naming the value and what is allowed.
     """
-    context = ContextEncoder(
-        encoder_type, img_size, pretrained, use_rope, rope_theta, use_absolute=use_absolute, rope=rope, vit=vit
-    )
-    target = TargetEncoder.__new__(TargetEncoder)
-    target.__dict__.update(copy.deepcopy(context).__dict__)
-    target.set_schedule(ema_start, ema_end, ema_steps)
-    target.requires_grad_(False)
-    target.eval()
+    kwargs: dict[str, Any] = dict(use_absolute=use_absolute, rope=rope, vit=vit)
+    context = ContextEncoder(encoder_type, img_size, pretrained, use_rope, rope_theta, **kwargs)
+    schedule = dict(ema_start=ema_start, ema_end=ema_end, ema_steps=ema_steps)
+    target = TargetEncoder(encoder_type, img_size, False, use_rope, rope_theta, **schedule, **kwargs)
+    target.load_state_dict(context.state_dict())
     return context, target
 
 
@@ -385,7 +386,3 @@ def _check_index(index: Tensor, batch: int, grid: tuple[int, int]) -> None:
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         raise ValueError("context_idx repeats a patch within a sample")
 
-
-def _drop_absolute_table(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """A checkpoint with an absolute table loads into an encoder without: the table has no use there."""
-    state.pop(f"{prefix}vit.pos_embed", None)

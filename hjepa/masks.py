@@ -13,7 +13,8 @@ each sample also hides one whole cell of the coarsest level; with one level, non
     ...
 
 All samples of a batch keep the same number of tokens: where one has more, a random choice of them is left out, which
-is neither seen nor asked for. Nothing is padded.
+is neither seen nor asked for. Nothing is padded. So that one unlucky sample does not starve the batch, twice as many
+masks are drawn as needed and the half with more context is kept.
 
 Not covered: masks along time, masks drawn from the image's content.
 """
@@ -73,15 +74,18 @@ def sample_masks(
     """
     _check(levels, num_targets, target_scale, target_aspect, context_scale, grid_size)
     height, width = grid_size
-    hidden = torch.zeros(batch_size, height, width, dtype=torch.bool)
+    drawn = 2 * batch_size
+    hidden = torch.zeros(drawn, height, width, dtype=torch.bool)
     scale, aspect = _uniform(target_scale, generator), _log_uniform(target_aspect, generator)
     for _ in range(num_targets):
-        hidden |= _blocks(batch_size, grid_size, *_block_shape(grid_size, scale, aspect), generator)
+        hidden |= _blocks(drawn, grid_size, *_block_shape(grid_size, scale, aspect), generator)
     if levels > 1:
-        hidden |= _coarse_cells(batch_size, grid_size, levels - 1, generator)
+        hidden |= _coarse_cells(drawn, grid_size, levels - 1, generator)
     share = math.sqrt(_uniform(context_scale, generator))
     shape = max(1, round(height * share)), max(1, round(width * share))
-    context = _blocks(batch_size, grid_size, *shape, generator) & ~hidden
+    context = _blocks(drawn, grid_size, *shape, generator) & ~hidden
+    kept = context.flatten(1).sum(1).topk(batch_size).indices.sort().values
+    context, hidden = context[kept], hidden[kept]
     _check_counts(context, grid_size, target_scale, context_scale)
     context_idx = _choose(context.flatten(1), generator)
     seen = torch.zeros(batch_size, height * width, dtype=torch.bool).scatter_(1, context_idx, True)
