@@ -1,5 +1,7 @@
 """Frozen encoders at many image sizes, checked on stand-ins whose features are known."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ class Colours:
 
     def __init__(self, n: int, seed: int):
         g = torch.Generator().manual_seed(seed)
-        self.labels = torch.arange(n) % 2
+        self.labels = torch.arange(n) * 2 // n
         self.base = torch.randn(n, 3, generator=g) * 0.3 + (self.labels[:, None] * 2.0 - 1) * torch.tensor(
             [1.0, -1, 0]
         )
@@ -167,7 +169,7 @@ def _value(rows, **wanted):
 
 @pytest.fixture(scope="module")
 def colour_rows():
-    encoders = {"means": PatchMeans(), "pixels": raw_pixels(8), "shy": Fades()}
+    encoders: dict[str, Any] = {"means": PatchMeans(), "pixels": raw_pixels(8), "shy": Fades()}
     return resolution_transfer(
         encoders, Colours(80, 0), Colours(60, 1), train_size=8, sizes=[8, (8, 16), 16], tags={"seed": 3}
     )
@@ -217,7 +219,14 @@ def test_pictures_are_drawn_once_per_size_for_all_encoders():
 
 def test_gallery_and_query_counts_choose_seeded_subsets():
     train, test = Colours(50, 0), Colours(50, 1)
-    kwargs = {"train_size": 8, "sizes": [8], "gallery": 20, "queries": 10, "knn_k": 3, "refit": False}
+    kwargs: dict[str, Any] = {
+        "train_size": 8,
+        "sizes": [8],
+        "gallery": 20,
+        "queries": 10,
+        "knn_k": 3,
+        "refit": False,
+    }
     first, again, other = (
         resolution_transfer({"e": PatchMeans()}, train, test, **kwargs, seed=seed) for seed in (0, 0, 1)
     )

@@ -35,6 +35,7 @@ def _clusters(n: int, seed: int, spread: float = 1.0):
 
 def _knn_by_loops(gallery, gallery_labels, queries, k, temperature):
     guesses = []
+    votes: dict[int, float]
     for query in queries.double().numpy():
         scored = []
         for row, label in zip(gallery.double().numpy(), gallery_labels.tolist(), strict=True):
