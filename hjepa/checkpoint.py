@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from .build import build_encoders, encoder_arguments
 from .config import Config, load_config
 from .encoders import ContextEncoder, TargetEncoder, create_encoder
 from .storage import (
@@ -46,37 +46,6 @@ __all__ = [
 CONFIG, ROPE = "config.json", "rope.safetensors"
 WHICH = ("target", "context")
 Encoder = ContextEncoder | TargetEncoder
-
-
-def encoder_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of `create_encoder` that a config asks for, without the EMA schedule."""
-    model, rope = config.model, OmegaConf.to_container(config.model.rope)  # type: ignore[arg-type]
-    use_rope, theta = rope.pop("use_rope"), rope.pop("theta")
-    vit = {name: model[name] for name in ("patch_size", "embed_dim", "depth", "num_heads", "class_token")}
-    vit = {name: value for name, value in vit.items() if value is not None}
-    if vit.get("class_token") is False:
-        vit["global_pool"] = "avg"
-    return {
-        "encoder_type": model.encoder_type,
-        "img_size": config.data.image_size,
-        "use_rope": use_rope,
-        "rope_theta": theta,
-        "use_absolute": model.use_absolute,
-        "rope": rope,
-        "vit": vit,
-    }
-
-
-def build_encoders(config: Config, *, pretrained: bool = False) -> tuple[ContextEncoder, TargetEncoder]:
-    """Context and target encoder of a config, with its EMA schedule over train.steps."""
-    train = config.train
-    return create_encoder(
-        **encoder_arguments(config),
-        pretrained=pretrained,
-        ema_start=train.ema_start,
-        ema_end=train.ema_end,
-        ema_steps=train.steps,
-    )
 
 
 def load_run(run_dir: str | Path, which: str = "target") -> tuple[Encoder, Config]:

@@ -8,9 +8,10 @@ Not covered: remote trackers.
 
 import csv
 import json
-import math
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class RunLog:
@@ -30,12 +31,14 @@ class RunLog:
     def __init__(self, run_dir: Path, keep_until: int, columns: list[str], tensorboard: bool = False):
         self.jsonl, self.csv, self.columns = run_dir / "log.jsonl", run_dir / "log.csv", columns
         self.rows = [row for row in read_log(run_dir) if row["step"] <= keep_until]
-        self.jsonl.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        with self.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        _replace(self.jsonl, lambda file: file.writelines(json.dumps(row) + "\n" for row in self.rows))
+        _replace(self.csv, self._write_table)
         self.board = _board(run_dir / "tensorboard", keep_until + 1) if tensorboard else None
+
+    def _write_table(self, file: TextIO) -> None:
+        writer = csv.DictWriter(file, self.columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to all logs, at once on disk."""
@@ -62,9 +65,12 @@ def read_log(run_dir: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def finite(value: float) -> float | None:
-    """A number that JSON can hold: None for NaN and infinities."""
-    return value if math.isfinite(value) else None
+def _replace(path: Path, write: Callable[[TextIO], object]) -> None:
+    """Rewrite a file; a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", newline="") as file:
+        write(file)
+    os.replace(temporary, path)
 
 
 def _board(folder: Path, first_step: int) -> Any:

@@ -15,7 +15,7 @@ Not covered: weighted sampling, data sets of unknown length.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -83,16 +83,11 @@ def share(batch_size: int, *, micro: int, accumulate: int, rank: int, processes:
 
 
 class StepSampler:
-    """Batch sampler of one process: for each step, for each micro-batch, the list of its (picture, crop seed)."""
+    """Batch sampler of one process: for each step, for each of its slices of the global batch, the list of its
+    (picture, crop seed). `rows` are the slices, one per micro-batch, from `share`."""
 
-    def __init__(
-        self, steps: range, *, size: int, batch_size: int, seed: int, accumulate: int, rank: int, processes: int
-    ):
-        self.steps, self.size, self.batch_size, self.seed = steps, size, batch_size, seed
-        self.rows = [
-            share(batch_size, micro=micro, accumulate=accumulate, rank=rank, processes=processes)
-            for micro in range(accumulate)
-        ]
+    def __init__(self, steps: range, rows: Sequence[slice], *, size: int, batch_size: int, seed: int):
+        self.steps, self.rows, self.size, self.batch_size, self.seed = steps, rows, size, batch_size, seed
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.rows)

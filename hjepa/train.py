@@ -1,6 +1,6 @@
 """The training loop: one step is predict, compare, step, average; everything else is bookkeeping.
 
-    for step in steps:                                    seeds, lr and masks from (seed, step): hjepa.schedule
+    for step in steps:                                    lr, pictures, masks and noise from (seed, step)
         for each micro-batch: loss = model(images, masks); backward
         clip the gradient; AdamW step                     matrices decay, the rest does not
         target <- momentum * target + (1 - momentum) * context      once, after the step
@@ -8,7 +8,7 @@
 Accelerate supplies the device, mixed precision and the processes of torchrun. batch_size is the GLOBAL batch: with N
 processes and A accumulated micro-batches each handles batch_size / (N A) rows of the same batch, under the same masks,
 so the loss curve does not depend on N or A (a regularizer is a statistic of the micro-batch, so it does on A).
-Dropout masks, if a ViT is given any, repeat across processes and micro-batches.
+Dropout, if a ViT is given any, repeats across processes and micro-batches.
 
 Source: Assran et al. 2023 (I-JEPA, arXiv:2301.08243, section 4 and appendix A) for optimiser and schedules.
 Not covered: FSDP (docs/scaling.md), schedules of weight decay.
@@ -16,6 +16,8 @@ Not covered: FSDP (docs/scaling.md), schedules of weight decay.
 
 import json
 import math
+import os
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,82 +27,41 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoint import build_encoders, encoder_arguments, latest_checkpoint, load_checkpoint, save_checkpoint
+from .build import build_model, draw_masks, load_split, parameter_groups
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import Config, load_config, save_config
-from .data import ImageData, TrainView, load_data
+from .data import ImageData, TrainView
 from .evaluate import effective_rank, encode, feature_std, knn_accuracy
-from .masks import Masks, sample_masks
-from .model import HJEPA
-from .predictor import Predictor
-from .runlog import RunLog, finite
+from .runlog import RunLog
 from .schedule import StepSampler, generator_at, lr_at, mix, share
+
+__all__ = ["TrainingDiverged", "build_model", "train"]
 
 # a resumed run may differ from its first part in these: they change no number, or only its rounding
 FREE_ON_RESUME = (
     "data.root", "train.accumulate", "train.num_workers", "train.threads", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "train.tensorboard", "train.grad_checkpointing", "evaluate",
+    "train.checkpoint_every", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
 )  # fmt: skip
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the last good checkpoint."""
-
-
-def build_model(config: Config) -> HJEPA:
-    """The model of a config, freshly initialised from torch's generator.
-
-    Raises ValueError on options that do not fit, from the layers themselves.
-    """
-    context, target = build_encoders(config, pretrained=config.model.pretrained)
-    arguments = encoder_arguments(config)
-    predictor = Predictor(
-        context.embed_dim,
-        **config.model.predictor,
-        levels=len(config.model.level_weights),
-        grid_size=context.grid_size,
-        num_prefix_tokens=context.num_prefix_tokens,
-        **{name: arguments[name] for name in ("use_rope", "rope_theta", "use_absolute", "rope")},
-    )
-    if config.train.grad_checkpointing:
-        context.vit.set_grad_checkpointing(True)
-    return HJEPA(
-        context,
-        target,
-        predictor,
-        level_weights=tuple(config.model.level_weights),
-        distance=config.loss.kind,
-        regularizer=config.loss.regularizer,
-        regularizer_weight=config.loss.regularizer_weight,
-    )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: the weights of linear and convolution layers decay; biases, norms, tokens, position tables and
-    frequencies do not. Parameters without gradient (the target encoder) are in neither."""
-    matrices = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
-    ]
+    """Loss or gradient became NaN or infinite; the message names the step and the last good checkpoint."""
 
 
 def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Train a model; returns what it also writes to run_dir/metrics.json.
+    """Train a model; returns what it also writes to run_dir/metrics.json (on the main process).
 
     run_dir gets config.yaml, log.jsonl, log.csv, checkpoints/ and metrics.json. With resume=True it continues from
     the newest whole checkpoint, bit for bit on a CPU (from the start if there is none yet).
 
     Raises:
         ValueError: run_dir holds another run, a config that differs from the one resumed, a batch that does not
-            divide, a damaged checkpoint.
-        TrainingDiverged: NaN or infinite loss.
+            divide among the processes, checkpoints that are all damaged.
+        TrainingDiverged: NaN or infinite loss or gradient.
     """
     return _Run(config, Path(run_dir), resume, progress).train()
 
@@ -111,50 +72,66 @@ class _Run:
     def __init__(self, config: Config, run_dir: Path, resume: bool, progress: bool):
         self.config, self.run_dir = config, run_dir
         options = config.train
-        _check_run_dir(config, run_dir, resume)
-        torch.set_num_threads(options.threads)
+        check_run_dir(config, run_dir, resume)
         self.accelerator = _accelerator(options.mixed_precision, options.accumulate)
-        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        share(options.batch_size, micro=0, accumulate=options.accumulate, rank=0, processes=self.processes)
-        self.train_data, self.test_data = (_load_split(config, split) for split in ("train", "test"))
-        torch.manual_seed(mix(options.seed, "init"))
-        self.plain = build_model(config)
-        optimizer = torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr)
-        self.last_good = latest_checkpoint(run_dir) if resume else None
-        self.start = load_checkpoint(self.last_good, self.plain, optimizer)["step"] if self.last_good else 0
-        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
-        self.progress = progress and self.accelerator.is_main_process
+        torch.set_num_threads(options.threads)
+        self.main, self.progress = self.accelerator.is_main_process, progress and self.accelerator.is_main_process
+        self.rows = [
+            share(
+                options.batch_size,
+                micro=micro,
+                accumulate=options.accumulate,
+                rank=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+            )
+            for micro in range(options.accumulate)
+        ]
+        self.train_data, self.test_data = (load_split(config, split) for split in ("train", "test"))
         self.held_out: tuple[Tensor, ...] | None = None
+        self.last_good = latest_checkpoint(run_dir) if resume else None
+        self.start = self._build()
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if self.main:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, run_dir / "config.yaml")
-            levels = [f"loss_level_{level}" for level in range(len(config.model.level_weights))]
-            columns = ["step", "loss", *levels, "regularizer", "cosine", "lr", "momentum", "images_per_s",
-                       "feature_std", "effective_rank", "knn"]  # fmt: skip
             keep = self.start if self.last_good else -1
-            self.log = RunLog(run_dir, keep, columns, options.tensorboard)
+            self.log = RunLog(run_dir, keep, log_columns(len(config.model.level_weights)), options.tensorboard)
+
+    def _build(self) -> int:
+        """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
+        options = self.config.train
+        torch.manual_seed(mix(options.seed, "init"))
+        self.plain = build_model(self.config)
+        optimizer = torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr)
+        state: dict[str, Any] = {"step": 0, "extra": {}}
+        if self.last_good:
+            state = load_checkpoint(self.last_good, self.plain, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        if self.accelerator.scaler is not None and "scaler" in state["extra"]:
+            self.accelerator.scaler.load_state_dict(state["extra"]["scaler"])
+        return state["step"]
 
     # ---- the loop
 
     def train(self) -> dict[str, Any]:
         options, began = self.config.train, time.perf_counter()
-        if self.start == 0 and self.accelerator.is_main_process and not self.log.rows:
+        if self.main and self.start == 0:
             self.log.write({"step": 0, **self.measure()})
         self.model.train()
         bar = tqdm(total=options.steps, initial=self.start, disable=not self.progress, unit="step")
-        batches, tick, done = self.batches(), time.perf_counter(), self.start
+        batches, tick, images = self.batches(), time.perf_counter(), 0
         for step in range(self.start, options.steps):
-            row = self.step(step, batches)
-            logged = _due(step + 1, options.log_every, options.steps)
-            measured = _due(step + 1, options.eval_every, options.steps)
-            if logged or measured:
-                row["images_per_s"] = (step + 1 - done) * options.batch_size / (time.perf_counter() - tick)
-                self.report(row, measured, bar)
-                tick, done = time.perf_counter(), step + 1
+            measuring = _due(step + 1, options.eval_every, options.steps)
+            logging = measuring or _due(step + 1, options.log_every, options.steps)
+            row, images = self.step(step, batches, logging), images + options.batch_size
+            if logging:
+                self.report(row | {"images_per_s": images / (time.perf_counter() - tick)}, measuring, bar)
             bar.update()
             if _due(step + 1, options.checkpoint_every, options.steps):
                 self.save(step + 1)
+                logging = True
+            if logging:  # evaluation and saving do not count as training time
+                tick, images = time.perf_counter(), 0
         bar.close()
         return self.finish(time.perf_counter() - began)
 
@@ -167,105 +144,111 @@ class _Run:
             flip=config.data.flip,
             color_jitter=config.data.color_jitter,
         )
+        steps = range(self.start, options.steps)
         sampler = StepSampler(
-            range(self.start, options.steps),
-            size=len(self.train_data),
-            batch_size=options.batch_size,
-            seed=options.seed,
-            accumulate=options.accumulate,
-            rank=self.rank,
-            processes=self.processes,
+            steps, self.rows, size=len(self.train_data), batch_size=options.batch_size, seed=options.seed
         )
-        return iter(DataLoader(view, batch_sampler=sampler, num_workers=options.num_workers))  # type: ignore[arg-type]
+        pin = self.accelerator.device.type == "cuda"
+        return iter(DataLoader(view, batch_sampler=sampler, num_workers=options.num_workers, pin_memory=pin))  # type: ignore[arg-type]
 
-    def step(self, step: int, batches: Iterator[Tensor]) -> dict[str, Any]:
-        """One optimiser step over the global batch; returns its log row."""
-        config, options = self.config, self.config.train
+    def step(self, step: int, batches: Iterator[Tensor], logging: bool = True) -> dict[str, Any]:
+        """One optimiser step over the global batch; returns its log row, without feature_std if not logging."""
+        options, device = self.config.train, self.accelerator.device
         lr = lr_at(step, steps=options.steps, lr=options.lr, min_lr=options.min_lr, warmup=options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        masks = draw_masks(config, self.plain.context_encoder.grid_size, step)
-        device, momentum, numbers = self.accelerator.device, math.nan, []
-        for micro in range(options.accumulate):
-            rows = share(
-                options.batch_size, micro=micro, accumulate=options.accumulate, rank=self.rank, processes=self.processes
-            )
+        masks = draw_masks(self.config, self.plain.context_encoder.grid_size, step)
+        numbers, pooled = [], []
+        for rows in self.rows:
             images = next(batches).to(device, non_blocking=True)
             torch.manual_seed(mix(options.seed, step, "noise"))
             with self.accelerator.accumulate(self.model):
                 out = self.model(images, masks.rows(rows).to(device))
                 numbers.append(torch.stack([out.loss.detach(), *out.level_losses, out.regularizer, out.cosine]).float())
+                pooled.append(out.targets[0].float().mean(1))
                 self.accelerator.backward(out.loss)
                 if self.accelerator.sync_gradients:
-                    means = self.check(step, torch.stack(numbers).mean(0))
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), options.clip_grad)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
+                    loss, *levels, regularizer, cosine = self.reduce(torch.stack(numbers).mean(0), step)
+                    grad_norm = self.update(step)
+        momentum = None
         if not self.accelerator.optimizer_step_was_skipped:
             momentum = self.plain.target_encoder.update_from_context_encoder(self.plain.context_encoder, step)
-        loss, *levels, regularizer, cosine = means
-        return {
+        row = {
             "step": step + 1,
             "loss": loss,
             **{f"loss_level_{level}": value for level, value in enumerate(levels)},
             "regularizer": regularizer,
             "cosine": cosine,
+            "grad_norm": grad_norm,
             "lr": lr,
-            "momentum": finite(momentum),
-            "feature_std": feature_std(out.targets[0].mean(1).float().cpu()),
+            "momentum": momentum,
         }
+        return row | {"feature_std": feature_std(self.accelerator.gather(torch.cat(pooled)).cpu())} if logging else row
 
-    def check(self, step: int, numbers: Tensor) -> list[float]:
-        """Mean over processes; stops before the optimiser sees a bad gradient."""
+    def reduce(self, numbers: Tensor, step: int) -> list[float]:
+        """Mean over processes; stops before the optimiser sees what is not finite."""
         means = self.accelerator.reduce(numbers, reduction="mean").tolist()
         if not all(math.isfinite(value) for value in means):
-            raise TrainingDiverged(
-                f"the loss is {means[0]} at step {step}; last good checkpoint: {self.last_good or 'none'}"
-            )
+            self.diverged(f"the loss is {means[0]}", step)
         return means
+
+    def update(self, step: int) -> float | None:
+        """Clip and step; returns the norm of the gradient before clipping (None where fp16 overflowed and skips)."""
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            self.diverged(f"the gradient norm is {norm}", step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm if math.isfinite(norm) else None
+
+    def diverged(self, what: str, step: int) -> None:
+        raise TrainingDiverged(f"{what} at step {step + 1}; last good checkpoint: {self.last_good or 'none'}")
 
     # ---- bookkeeping
 
-    def report(self, row: dict[str, Any], measured: bool, bar: Any) -> None:
-        if self.accelerator.is_main_process:
-            if measured:
-                row |= self.measure()
-            self.log.write(row)
+    def report(self, row: dict[str, Any], measuring: bool, bar: Any) -> None:
+        if self.main:
+            self.log.write(row | self.measure() if measuring else row)
             rank = next((r["effective_rank"] for r in reversed(self.log.rows) if "effective_rank" in r), 0.0)
             bar.set_postfix(loss=f"{row['loss']:.3f}", images_per_s=f"{row['images_per_s']:.0f}", rank=f"{rank:.1f}")
-        if measured:
+        if measuring:
             self.accelerator.wait_for_everyone()
 
     def measure(self) -> dict[str, float]:
         """Effective rank of the target encoder's features and kNN accuracy, on held-out pictures at training size."""
         options = self.config.evaluate
         if self.held_out is None:
-            gallery = _slice(self.train_data, options.gallery)
-            queries = _slice(self.test_data, options.queries)
             size = self.config.data.image_size
+            gallery, queries = _slice(self.train_data, options.gallery), _slice(self.test_data, options.queries)
             self.held_out = (
                 self.train_data.at_size(size, gallery), self.train_data.labels[gallery],
                 self.test_data.at_size(size, queries), self.test_data.labels[queries],
             )  # fmt: skip
-        gallery_images, gallery_labels, query_images, query_labels = self.held_out
-        target = self.plain.target_encoder
-        gallery_x, query_x = (encode(target, x, pool=options.pool) for x in (gallery_images, query_images))
-        hits = knn_accuracy(gallery_x, gallery_labels, query_x, query_labels, min(options.knn_k, len(gallery_x)))
-        return {"effective_rank": effective_rank(query_x), "knn": hits.float().mean().item()}
+        known, known_labels, asked, asked_labels = self.held_out
+        x, y = (encode(self.plain.target_encoder, images, pool=options.pool) for images in (known, asked))
+        hits = knn_accuracy(x, known_labels, y, asked_labels, min(options.knn_k, len(x)))
+        return {"effective_rank": effective_rank(y), "knn": hits.float().mean().item()}
 
     def save(self, step: int) -> None:
-        if self.accelerator.is_main_process:
-            extra = {"mean": list(self.train_data.mean), "std": list(self.train_data.std)}
+        if self.main:
+            extra: dict[str, Any] = {"mean": list(self.train_data.mean), "std": list(self.train_data.std)}
+            if self.accelerator.scaler is not None:
+                extra["scaler"] = self.accelerator.scaler.state_dict()
             optimizer = self.optimizer.optimizer
             self.last_good = save_checkpoint(self.run_dir, step, self.plain, optimizer, self.config, extra)
         self.accelerator.wait_for_everyone()
 
     def finish(self, seconds: float) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
-        if self.accelerator.is_main_process:
-            metrics = {**summary(self.log.rows), "seconds": round(seconds, 1), "processes": self.processes,
-                       "parameters": sum(p.numel() for p in self.plain.context_encoder.parameters()),
-                       "width": self.plain.context_encoder.embed_dim}  # fmt: skip
+        if self.main:
+            encoder = self.plain.context_encoder
+            metrics = {
+                **summary(self.log.rows),
+                "width": encoder.embed_dim,
+                "parameters": sum(p.numel() for p in encoder.parameters()),
+                "processes": self.accelerator.num_processes,
+                "seconds": round(seconds, 1),  # of this call: a resumed run counts from its resumption
+            }
             (self.run_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
             self.log.close()
         self.accelerator.wait_for_everyone()
@@ -273,31 +256,27 @@ class _Run:
         return metrics
 
 
-def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks:
-    """The masks of the whole global batch of a step."""
-    options = {name: tuple(v) if OmegaConf.is_list(v) else v for name, v in config.masks.items()}
-    return sample_masks(
-        config.train.batch_size,
-        grid_size,
-        levels=len(config.model.level_weights),
-        generator=generator_at(config.train.seed, step, "masks"),
-        **options,
-    )
+def log_columns(levels: int) -> list[str]:
+    """Fields of a log row; effective_rank and knn stand only in rows that are evaluations."""
+    parts = [f"loss_level_{level}" for level in range(levels)]
+    return ["step", "loss", *parts, "regularizer", "cosine", "grad_norm", "lr", "momentum", "images_per_s",
+            "feature_std", "effective_rank", "knn"]  # fmt: skip
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """First, last and extreme values of a log."""
-    measured = [row for row in rows if "knn" in row]
-    trained = [row for row in rows if "loss" in row]
+    """First, last and extreme values of a log; None for what it does not hold."""
+    measured, trained = [row for row in rows if "knn" in row], [row for row in rows if "loss" in row]
+    first = rows[0] if rows and rows[0]["step"] == 0 else {}
+    last, loss = (found[-1] if found else {} for found in (measured, trained))
     return {
-        "steps": rows[-1]["step"],
-        "loss": trained[-1]["loss"],
-        "knn": measured[-1]["knn"],
-        "knn_random": measured[0]["knn"],
-        "effective_rank": measured[-1]["effective_rank"],
-        "effective_rank_random": measured[0]["effective_rank"],
-        "effective_rank_lowest": min(row["effective_rank"] for row in measured),
-        "images_per_s": max(row["images_per_s"] for row in trained),
+        "steps": rows[-1]["step"] if rows else 0,
+        "loss": loss.get("loss"),
+        "knn": last.get("knn"),
+        "knn_random": first.get("knn"),
+        "effective_rank": last.get("effective_rank"),
+        "effective_rank_random": first.get("effective_rank"),
+        "effective_rank_lowest": min((row["effective_rank"] for row in measured), default=None),
+        "images_per_s": statistics.median(row["images_per_s"] for row in trained) if trained else None,
     }
 
 
@@ -306,39 +285,30 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _slice(data: ImageData, count: int) -> Tensor:
-    """A fixed random choice of at most `count` pictures, in order."""
+    """A fixed random choice of at most `count` pictures, in order; the same for every seed."""
     return torch.randperm(len(data), generator=generator_at(0, 0, "held out"))[:count].sort().values
-
-
-def _load_split(config: Config, split: str) -> ImageData:
-    options = config.data
-    return load_data(
-        options.name,
-        split,
-        root=options.root,
-        path=options.path,
-        image_size=options.image_size,
-        limit=options.limit if split == "train" else None,
-        on_corrupt=options.on_corrupt,
-    )
 
 
 def _accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
     AcceleratorState._reset_state()  # a second run in the same process may ask for another precision
-    return Accelerator(
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said outright, or torchrun on a CPU gives N separate runs
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=accumulate,
         step_scheduler_with_optimizer=False,
     )
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:
+        raise RuntimeError(f"torchrun started {asked} processes, Accelerate sees {accelerator.num_processes}")
+    return accelerator
 
 
-def _check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
-    """Refuse to mix two runs in one folder."""
-    if not (run_dir / "config.yaml").exists():
-        return
-    if not resume:
-        if any((run_dir / "checkpoints").glob("step_*")):
-            raise ValueError(f"{run_dir} already holds a run; resume it, or choose another folder")
+def check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
+    """Refuse to mix two runs in one folder. ValueError naming the folder or the first key that differs."""
+    saved = any((run_dir / "checkpoints").glob("step_*"))
+    if saved and not resume:
+        raise ValueError(f"{run_dir} already holds a run; resume it, or choose another folder")
+    if not saved or not (run_dir / "config.yaml").exists():
         return
     before, now = (_flat(c) for c in (load_config(run_dir / "config.yaml"), config))
     for key in before:

@@ -1,0 +1,115 @@
+"""From a config to the objects of a run: encoders, model, optimiser groups, data, masks.
+
+Layers take plain keyword arguments; here is the one place that knows which config value goes to which of them.
+Not covered: reading and checking configs (`hjepa.config`).
+"""
+
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from .config import Config
+from .data import ImageData, load_data
+from .encoders import ContextEncoder, TargetEncoder, create_encoder
+from .masks import Masks, sample_masks
+from .model import HJEPA
+from .predictor import Predictor
+from .schedule import generator_at
+
+
+def encoder_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of `create_encoder` that a config asks for, without the EMA schedule."""
+    model, rope = config.model, OmegaConf.to_container(config.model.rope)  # type: ignore[arg-type]
+    use_rope, theta = rope.pop("use_rope"), rope.pop("theta")
+    vit = {name: model[name] for name in ("patch_size", "embed_dim", "depth", "num_heads", "class_token")}
+    vit = {name: value for name, value in vit.items() if value is not None}
+    if vit.get("class_token") is False:
+        vit["global_pool"] = "avg"
+    return {
+        "encoder_type": model.encoder_type,
+        "img_size": config.data.image_size,
+        "use_rope": use_rope,
+        "rope_theta": theta,
+        "use_absolute": model.use_absolute,
+        "rope": rope,
+        "vit": vit,
+    }
+
+
+def build_encoders(config: Config, *, pretrained: bool = False) -> tuple[ContextEncoder, TargetEncoder]:
+    """Context and target encoder of a config, with its EMA schedule over train.steps."""
+    train = config.train
+    return create_encoder(
+        **encoder_arguments(config),
+        pretrained=pretrained,
+        ema_start=train.ema_start,
+        ema_end=train.ema_end,
+        ema_steps=train.steps,
+    )
+
+
+def build_model(config: Config) -> HJEPA:
+    """The model of a config, freshly initialised from torch's generator.
+
+    Raises ValueError on options that do not fit, from the layers themselves.
+    """
+    context, target = build_encoders(config, pretrained=config.model.pretrained)
+    arguments = encoder_arguments(config)
+    predictor = Predictor(
+        context.embed_dim,
+        **config.model.predictor,
+        levels=len(config.model.level_weights),
+        grid_size=context.grid_size,
+        num_prefix_tokens=context.num_prefix_tokens,
+        **{name: arguments[name] for name in ("use_rope", "rope_theta", "use_absolute", "rope")},
+    )
+    if config.train.grad_checkpointing:
+        context.vit.set_grad_checkpointing(True)
+    return HJEPA(
+        context,
+        target,
+        predictor,
+        level_weights=tuple(config.model.level_weights),
+        distance=config.loss.kind,
+        regularizer=config.loss.regularizer,
+        regularizer_weight=config.loss.regularizer_weight,
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: the weights of linear and convolution layers decay; biases, norms, tokens, position tables and
+    frequencies do not. Parameters without gradient (the target encoder) are in neither."""
+    matrices = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+
+
+def load_split(config: Config, split: str) -> ImageData:
+    options = config.data
+    return load_data(
+        options.name,
+        split,
+        root=options.root,
+        path=options.path,
+        image_size=options.image_size,
+        limit=options.limit if split == "train" else None,
+        on_corrupt=options.on_corrupt,
+    )
+
+
+def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks:
+    """The masks of the whole global batch of a step."""
+    options = {name: tuple(v) if OmegaConf.is_list(v) else v for name, v in config.masks.items()}
+    return sample_masks(
+        config.train.batch_size,
+        grid_size,
+        levels=len(config.model.level_weights),
+        generator=generator_at(config.train.seed, step, "masks"),
+        **options,
+    )
