@@ -18,14 +18,19 @@ from .predictor import Predictor
 from .schedule import generator_at
 
 
+def plain(section: Any) -> dict[str, Any]:
+    """A config or a section of it as plain dicts and lists."""
+    return OmegaConf.to_container(section)  # type: ignore[return-value]
+
+
 def encoder_arguments(config: Config) -> dict[str, Any]:
     """The arguments of `create_encoder` that a config asks for, without the EMA schedule."""
-    model, rope = config.model, OmegaConf.to_container(config.model.rope)  # type: ignore[arg-type]
+    model, rope = config.model, plain(config.model.rope)
     use_rope, theta = rope.pop("use_rope"), rope.pop("theta")
-    vit = {name: model[name] for name in ("patch_size", "embed_dim", "depth", "num_heads", "class_token")}
+    vit = {name: getattr(model, name) for name in ("patch_size", "embed_dim", "depth", "num_heads", "class_token")}
     vit = {name: value for name, value in vit.items() if value is not None}
-    if vit.get("class_token") is False:
-        vit["global_pool"] = "avg"
+    if vit.get("class_token") is False:  # timm then wants mean pooling, whose norm would replace the tokens' norm
+        vit |= {"global_pool": "avg", "fc_norm": False}
     return {
         "encoder_type": model.encoder_type,
         "img_size": config.data.image_size,
@@ -58,7 +63,7 @@ def build_model(config: Config) -> HJEPA:
     arguments = encoder_arguments(config)
     predictor = Predictor(
         context.embed_dim,
-        **config.model.predictor,
+        **plain(config.model.predictor),
         levels=len(config.model.level_weights),
         grid_size=context.grid_size,
         num_prefix_tokens=context.num_prefix_tokens,
@@ -105,7 +110,7 @@ def load_split(config: Config, split: str) -> ImageData:
 
 def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks:
     """The masks of the whole global batch of a step."""
-    options = {name: tuple(v) if OmegaConf.is_list(v) else v for name, v in config.masks.items()}
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain(config.masks).items()}
     return sample_masks(
         config.train.batch_size,
         grid_size,

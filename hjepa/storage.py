@@ -69,7 +69,7 @@ def save_checkpoint(
             "version": VERSION,
             "step": step,
             "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
-            "config": OmegaConf.to_container(config),  # type: ignore[arg-type]
+            "config": OmegaConf.to_container(config),  # type: ignore[call-overload]
             "extra": dict(extra or {}),
         }
         state["self"] = _digest_of(state)
