@@ -20,6 +20,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .data import DATASETS
+from .model import DISTANCES, REGULARIZERS
 from .reading import nearest, parse_yaml, read_yaml
 from .rope import COORDINATES, KINDS, STRATEGIES
 from .tables import size_pair
@@ -52,9 +54,9 @@ class RopeConfig:
     strategy: str = "extrapolate"  # what to do with positions on a grid not trained on
     coordinates: str = "index"  # index: counted in patches; normalized: in picture widths
     fraction: float = 1.0  # share of each head's channels that rotates
-    shift: float = 0.0  # training only: random shift of all positions, in normalized units
-    jitter: float = 1.0  # training only: random stretch per axis, between 1/jitter and jitter
-    rescale: float = 1.0  # training only: random stretch of both axes, between 1/rescale and rescale
+    shift: float = 0.0  # training only: random shift, at most this share of half the grid
+    jitter: float = 1.0  # training only: random stretch of each axis, between 1/jitter and jitter
+    rescale: float = 1.0  # training only: random stretch of both axes alike, between 1/rescale and rescale
 
 
 @dataclass
@@ -97,7 +99,7 @@ class MasksConfig:
 class LossConfig:
     """How a guess is compared with its target, and what keeps features from collapsing."""
 
-    kind: str = "smooth_l1"  # distance between prediction and target
+    kind: str = "smooth_l1"  # distance between prediction and target, or mse
     regularizer: str = "none"  # none, variance or sketched_gaussian
     regularizer_weight: float = 0.0  # its weight in the loss
 
@@ -173,11 +175,13 @@ INTERVALS = {  # pairs (smallest, largest), and the largest that is allowed
     "masks.target_aspect": math.inf,
 }
 CHOICES: dict[str, Sequence[str]] = {
+    "data.name": tuple(DATASETS),
     "data.on_corrupt": ("error", "skip"),
     "model.rope.kind": KINDS,
     "model.rope.strategy": STRATEGIES,
     "model.rope.coordinates": COORDINATES,
-    "loss.regularizer": ("none", "variance", "sketched_gaussian"),
+    "loss.kind": DISTANCES,
+    "loss.regularizer": REGULARIZERS,
     "train.mixed_precision": ("no", "bf16", "fp16"),
     "evaluate.pool": ("mean", "pyramid"),
 }
@@ -308,7 +312,7 @@ def _check_together(config: Config) -> None:
         parts = f"train.accumulate={train.accumulate}"
         raise ValueError(f"train.batch_size={train.batch_size} is not divisible by {parts}")
     weights = list(model.level_weights)
-    if not weights or min(weights) < 0 or not sum(weights):
-        raise ValueError(f"model.level_weights={weights} must be one or more numbers >= 0, not all 0")
+    if not 1 <= len(weights) <= 4 or min(weights) < 0 or not sum(weights):
+        raise ValueError(f"model.level_weights={weights} must be 1 to 4 numbers >= 0, not all 0")
     for size in config.evaluate.sizes:
         size_pair(size)

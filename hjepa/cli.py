@@ -1,0 +1,215 @@
+"""The command line: hjepa train | evaluate | export | sweep | tour.
+
+A mistake of the user gives one line, "hjepa: error: ...", and exit code 2; work that was started and failed gives a
+line and 1; Ctrl-C gives a line and 130. `--traceback` shows where an error comes from instead.
+Heavy imports stand inside the functions, so that help and mistakes answer at once.
+Not covered: launching several processes; `torchrun -m hjepa train ...` does that.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .reading import nearest
+
+MISTAKES = (ValueError, OSError, ImportError)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises its complaints as ValueError, with the nearest command or choice."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong:
+            near = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2])) or "none"
+            message = f"{wrong[1]!r} is not one of {wrong[2]}; nearest: {near}".replace("'", "")
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    show = "--traceback" in argv
+    try:
+        return _run([word for word in argv if word != "--traceback"])
+    except KeyboardInterrupt:
+        print("hjepa: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (*MISTAKES, RuntimeError) as error:
+        ours = isinstance(error, MISTAKES) or type(error).__module__.startswith("hjepa")
+        if show or not ours:
+            raise
+        print(f"hjepa: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, MISTAKES) else 1
+
+
+def _run(argv: list[str]) -> int:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "overrides"):  # argparse itself takes key=value words in one place only
+        arguments.overrides += [word for word in rest if "=" in word and word[0] != "-"]
+        rest = [word for word in rest if word not in arguments.overrides]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments.command(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hjepa",
+        description="Rotary positions in a hierarchical JEPA, measured at image sizes never trained on.",
+        epilog="With --traceback any command shows where an error comes from.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(function: Any, summary: str, **options: Any) -> argparse.ArgumentParser:
+        name = function.__name__.lstrip("_")
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", **options)
+        command.set_defaults(command=function)
+        return command
+
+    train = add(_train, "train one model", epilog="example: hjepa train --config configs/default.yaml train.steps=200")
+    train.add_argument("--config", metavar="FILE", help="YAML file; the defaults are in hjepa/config.py")
+    train.add_argument("--run", metavar="FOLDER", help="folder of the run (default: a fresh one in runs/)")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --run")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
+
+    evaluate = add(_evaluate, "read frozen features at several image sizes")
+    evaluate.add_argument("--run", metavar="FOLDER", action="append", required=True, help="a trained run; repeatable")
+    evaluate.add_argument("--sizes", metavar="LIST", help="such as 32,48,96 or 48x96 (height x width), in pixels")
+    evaluate.add_argument("--strategy", metavar="LIST", help="RoPE strategies to read each run with, comma-separated")
+    evaluate.add_argument("--which", choices=("target", "context"), default="target", help="which encoder")
+    evaluate.add_argument("--out", metavar="FILE", help="CSV file (default: evaluation.csv in the first run)")
+
+    export = add(_export, "write a run's encoder as plain timm weights")
+    export.add_argument("run", metavar="RUN", help="folder of the run")
+    export.add_argument("out", metavar="OUT", help="folder to write")
+
+    sweep = add(_sweep, "run a notebook over a grid of parameters")
+    sweep.add_argument("file", metavar="FILE", help="such as configs/sweeps/NAME.yaml")
+
+    tour = add(_tour, "train small models and show how they transfer to unseen image sizes")
+    tour.add_argument("--quick", action="store_true", help="fewer steps and pictures, under two minutes")
+    tour.add_argument("--data", metavar="NAME", default="openmoji", help="data set (default: openmoji)")
+    tour.add_argument("--path", metavar="FOLDER", help="folder of class folders, with --data imagefolder")
+    tour.add_argument("--root", metavar="FOLDER", default="data", help="where data sets are kept (default: data)")
+    tour.add_argument("--out", metavar="FOLDER", default="runs", help="where the fresh folder is made (default: runs)")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .config import load_config
+    from .runs import fresh_folder, hold
+
+    if arguments.resume and not arguments.run:
+        raise ValueError("--resume needs --run FOLDER, the run to go on with")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not arguments.run:
+        raise ValueError("with several processes name the folder: --run FOLDER")
+    before = Path(arguments.run or "", "config.yaml")
+    file = before if arguments.resume and not arguments.config and before.is_file() else arguments.config
+    config = load_config(file, arguments.overrides)
+    folder = Path(arguments.run) if arguments.run else fresh_folder("runs", f"train-{datetime.now():%Y%m%d-%H%M%S}")
+
+    from .train import train
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        train(config, folder, resume=arguments.resume)
+        return 0
+    with hold(folder):
+        metrics = train(config, folder, resume=arguments.resume)
+    for name, value in metrics.items():
+        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+    print(f"files: {folder}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .checkpoint import build_encoders, load_run
+    from .data import load_data
+    from .evaluate import raw_pixels, resolution_transfer
+    from .runs import fresh_path
+    from .tables import format_table, rows_to_csv, size_pair
+
+    asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
+    loaded = {Path(run).name: load_run(run, arguments.which) for run in arguments.run}
+    if len(loaded) < len(arguments.run):
+        raise ValueError(f"--run: two folders have the same name: {', '.join(arguments.run)}")
+    config = next(iter(loaded.values()))[1]
+    for name, (_, other) in loaded.items():
+        if other.data != config.data:
+            raise ValueError(f"--run {name} was trained with other data settings than {arguments.run[0]}")
+    encoders = _views(loaded, arguments.strategy)
+    size = config.data.image_size
+    torch.manual_seed(config.train.seed)
+    encoders |= {"random init": build_encoders(config)[0].eval(), "raw pixels": raw_pixels(size)}
+    options = {k: config.data[k] for k in ("root", "path", "image_size", "on_corrupt")}
+    splits = [load_data(config.data.name, split, **options) for split in ("train", "test")]
+    torch.set_num_threads(config.train.threads)
+    reading = {k: config.evaluate[k] for k in ("gallery", "queries", "knn_k", "pool")}
+    sizes = asked or list(config.evaluate.sizes)
+    rows = resolution_transfer(encoders, *splits, train_size=size, sizes=sizes, progress=True, **reading)
+    for metric in ("probe", "knn", "retrieval"):
+        print(f"\n{format_table(rows, metric)}")
+    out = Path(arguments.out) if arguments.out else fresh_path(Path(arguments.run[0], "evaluation.csv"))
+    rows_to_csv(rows, out)
+    print(f"\ntrained at {size} pixels; all measures: {out}")
+    return 0
+
+
+def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
+    """Name -> encoder; with strategies, each RoPE run once per strategy."""
+    from .evaluate import with_strategy
+    from .rope import STRATEGIES
+
+    wanted = strategies.split(",") if strategies else []
+    for word in wanted:
+        if word not in STRATEGIES:
+            near = nearest(word, STRATEGIES) or "none"
+            raise ValueError(f"--strategy {word!r} is not one of {', '.join(STRATEGIES)}; nearest: {near}")
+    if wanted and not any(encoder.rope is not None for encoder, _ in loaded.values()):
+        raise ValueError("--strategy is about RoPE, and no run given has it")
+    views: dict[str, Any] = {}
+    for name, (encoder, _) in loaded.items():
+        if wanted and encoder.rope is not None:
+            views |= {f"{name} {word}": with_strategy(encoder, word) for word in wanted}
+        else:
+            views[name] = encoder
+    return views
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from .checkpoint import export_encoder
+
+    print(f"files: {export_encoder(arguments.run, arguments.out)}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from .sweep import load_sweep, run_sweep
+
+    sweep, runs = load_sweep(arguments.file)
+    print(f"{len(runs)} runs of {sweep.notebook}, {sweep.max_parallel} at a time, results in {sweep.out}", flush=True)
+    failed = run_sweep(arguments.file)
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs finished; results: {Path(sweep.out, 'results.json')}")
+    if failed:
+        names = ", ".join(run.folder.name for run in failed)
+        print(f"hjepa: error: {len(failed)} failed: {names}; each has its error.txt", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _tour(arguments: argparse.Namespace) -> int:
+    from .tour import run_tour
+
+    run_tour(arguments.data, quick=arguments.quick, path=arguments.path, root=arguments.root, out=arguments.out)
+    return 0
