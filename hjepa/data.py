@@ -3,19 +3,20 @@
     load_data("openmoji", "train") -> ImageData -> .at_size((H, W))   normalised float32, for measuring
                                                 -> TrainView          random crops and flips, for training
 
-Every picture is resized once, with antialiasing, from the largest detail that the data set has; OpenMoji pictures
-are drawn at the size asked for. Drawings and garments on a plain background are shown whole, with the background
-filling the rest of a wide image; photographs fill the image and lose their edges.
+Every picture is resized once, with antialiasing, from the largest detail that the data set has; OpenMoji
+pictures are drawn at the size asked for. Drawings and garments on a plain background are shown whole, with
+the background filling the rest of a wide image; photographs fill the image and lose their edges.
 
-Which pictures are for testing never depends on a seed, so no run can train on the test pictures of another. All
-randomness of training (crop, flip, colour) comes from the seed given with each index: a sample is the same in
-whatever process or order it is drawn.
+Which pictures are for testing never depends on a seed, so no run can train on the test pictures of another.
+All randomness of training (crop, flip, colour) comes from the seed given with each index: a sample is the
+same in whatever process or order it is drawn.
 
 Not covered: labels other than one class per picture, video, and data sets too large to list in memory.
 """
 
 import contextlib
 import difflib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,12 +38,12 @@ class Pictures(Protocol):
 
     def source(self, index: int) -> Tensor: ...  # uint8 [3, h, w]
 
-    def resized(self, indices: list[int], height: int, width: int) -> Tensor: ...  # uint8 [n, 3, height, width]
+    def resized(self, indices: list[int], height: int, width: int) -> Tensor: ...  # uint8 [n, 3, ...]
 
 
 @dataclass
 class ImageData:
-    """One split of one data set. `ids` name the pictures for good; `mean` and `std` are in units of white = 1."""
+    """One split of one data set. `ids` name the pictures for good; `mean` and `std` count white as 1."""
 
     name: str
     split: str
@@ -64,12 +65,15 @@ class ImageData:
     def at_size(self, size: Size, indices: Sequence[int] | Tensor | None = None) -> Tensor:
         """The chosen pictures (default all) in order: float32 [n, 3, height, width], (x / 255 - mean) / std.
 
-        size: pixels, one number for a square or (height, width). ValueError on anything else, IndexError on an
-        index outside the split.
+        size: pixels, one number for a square or (height, width). ValueError on anything else, IndexError on
+        an index outside the split.
         """
         height, width = _height_width(size)
-        chosen = range(len(self)) if indices is None else torch.as_tensor(indices, dtype=torch.int64).tolist()
-        return normalised(self.pictures.resized([int(i) for i in chosen], height, width), self.mean, self.std)
+        chosen = torch.arange(len(self)) if indices is None else torch.as_tensor(indices)
+        if chosen.dtype == torch.bool:
+            raise ValueError("indices are a boolean mask; give positions, for example mask.nonzero()[:, 0]")
+        images = self.pictures.resized(chosen.to(torch.int64).tolist(), height, width)
+        return normalised(images, self.mean, self.std)
 
 
 def normalised(images: Tensor, mean: RGB, std: RGB) -> Tensor:
@@ -79,19 +83,23 @@ def normalised(images: Tensor, mean: RGB, std: RGB) -> Tensor:
 
 
 def _height_width(size: Size) -> tuple[int, int]:
-    pair = [size, size] if isinstance(size, int) else list(size)
-    if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
-        raise ValueError(f"size {size!r} is no image size; give pixels as one positive integer or (height, width)")
+    try:
+        pair = [operator.index(side) for side in (size if isinstance(size, Sequence) else (size, size))]
+    except TypeError:
+        pair = []
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"image size {size!r} is not understood; give a positive integer or (height, width)")
     return pair[0], pair[1]
 
 
 class TrainView(Dataset):
     """Training images: a random crop resized to image_size, then a random flip and change of colour.
 
-    Index it with (index, sample_seed) to get float32 [3, image_size, image_size]; equal seeds give equal images
-    and the global random state is left as it was. crop_scale: smallest and largest share of the picture's area
-    that a crop keeps (aspect 3/4 to 4/3, Szegedy et al. 2015); color_jitter: 0 is none, 1 is the strength of
-    SimCLR (Chen et al. 2020). ValueError on values outside these ranges.
+    Index it with (index, sample_seed) to get float32 [3, image_size, image_size]; equal seeds give equal
+    images and the global random state is left as it was. crop_scale: smallest and largest share of the
+    picture's area that a crop keeps (aspect 3/4 to 4/3, Szegedy et al. 2015); color_jitter: 0 is none, 1
+    changes brightness, contrast and saturation as strongly as SimCLR (Chen et al. 2020); hue is left alone,
+    it would take longer than all the rest. ValueError on values outside these ranges.
     """
 
     def __init__(
@@ -106,7 +114,9 @@ class TrainView(Dataset):
         from torchvision.transforms import v2
 
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale {crop_scale!r} must be (smallest, largest) with 0 < smallest <= largest <= 1")
+            raise ValueError(
+                f"crop_scale {crop_scale!r} must be two numbers with 0 < smallest <= largest <= 1"
+            )
         if not 0 <= color_jitter <= 1:
             raise ValueError(f"color_jitter {color_jitter!r} must be between 0 (none) and 1")
         _height_width(image_size)
@@ -115,7 +125,7 @@ class TrainView(Dataset):
         steps += [v2.RandomHorizontalFlip()] if flip else []
         if color_jitter > 0:
             most = 0.8 * color_jitter
-            steps += [v2.ColorJitter(most, most, most, 0.2 * color_jitter)]
+            steps += [v2.ColorJitter(most, most, most)]
         self.augment = v2.Compose(steps)
 
     def __len__(self) -> int:
@@ -178,10 +188,12 @@ DATASETS: dict[str, DatasetSpec] = {
         "5,000 + 8,000 labelled photographs in 10 classes, 96 px; 2.6 GB",
     ),
     "imagenette": DatasetSpec(
-        sources.read_imagenette, *IMAGENET, "13,394 photographs in 10 classes, 160 px and more; 94 MB to 1.5 GB"
+        sources.read_imagenette, *IMAGENET, "13,394 photographs in 10 classes, 160 px and more; 94 MB or more"
     ),
     "imagefolder": DatasetSpec(
-        sources.read_imagefolder, *IMAGENET, "your own images: path/CLASS/*, or path/train/CLASS/* and path/test/CLASS/*"
+        sources.read_imagefolder,
+        *IMAGENET,
+        "your own images: path/CLASS/*, or path/train/CLASS/* beside path/test/CLASS/*",
     ),
 }
 
@@ -202,8 +214,8 @@ def load_data(
     root: folder for downloads; path: the folder of "imagefolder". image_size: the largest size in pixels that
     training will ask for; source() has twice that detail where the data set has it. limit: at most so many
     pictures, classes taken in turn; seed picks which, and a larger limit includes a smaller one. on_corrupt:
-    "error" raises on an image file that cannot be read, "skip" decodes every file first and lists such files in
-    `.skipped`. ValueError or FileNotFoundError, one line, on wrong arguments and on missing or damaged data.
+    "error" raises on an image file that cannot be read, "skip" decodes every file first and lists such files
+    in `.skipped`. ValueError or FileNotFoundError, one line, on wrong arguments, missing or damaged data.
     """
     _check(name, split, image_size, limit, on_corrupt)
     spec = DATASETS[name]
@@ -211,9 +223,10 @@ def load_data(
     listing = spec.read(request)
     chosen = _limited(listing.labels, limit, seed)
     pictures, bad = listing.open(chosen)
-    good = [index for position, index in enumerate(chosen) if position not in set(bad)]
+    left_out = set(bad)
+    good = [index for position, index in enumerate(chosen) if position not in left_out]
     if not good:
-        raise ValueError(f"data set {name!r} has no readable image in its {split} split; {len(bad)} were skipped")
+        raise ValueError(f"data set {name!r}, {split} split: none of {len(bad)} images can be read")
     return ImageData(
         name=name,
         split=split,
@@ -232,9 +245,10 @@ def _check(name: str, split: str, image_size: int, limit: int | None, on_corrupt
         near = difflib.get_close_matches(str(name), DATASETS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"data set {name!r} is not known; choose one of {', '.join(DATASETS)}{hint}")
-    for what, value, allowed in (("split", split, ("train", "test")), ("on_corrupt", on_corrupt, ("error", "skip"))):
-        if value not in allowed:
-            raise ValueError(f"{what} {value!r} is not known; choose {allowed[0]} or {allowed[1]}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is not known; choose train or test")
+    if on_corrupt not in ("error", "skip"):
+        raise ValueError(f"on_corrupt {on_corrupt!r} is not known; choose error or skip")
     _height_width(image_size)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit {limit!r} must be a positive number of pictures, or null for all")

@@ -1,14 +1,16 @@
 """Image files on disk: finding them in class folders, and decoding any kind of them to uint8 RGB.
 
-Every mode that Pillow opens becomes three 8-bit channels: grey is repeated, a palette is looked up, transparent
-parts show white, 16 bits are scaled to 8 (65535 is white), the rotation noted by a camera (EXIF) is applied, and an
-animation gives its first frame. Float pixels have no fixed range and are refused.
+Every mode that Pillow opens becomes three 8-bit channels: grey is repeated, a palette is looked up,
+transparent parts show white, 16 bits are scaled to 8 (65535 is white), the rotation noted by a camera (EXIF)
+is applied, and an animation gives its first frame. Float pixels have no fixed range and are refused.
 
 Not covered: colour profiles (pixels are taken as sRGB), video, labels from anything but the folder's name.
 """
 
 import difflib
+import hashlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +18,36 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+TEST_FRACTION = 0.25  # of data sets that come without a split of their own
 TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Decode a whole file: uint8 [3, h, w]. ValueError naming the file if it is corrupt, too large or of floats.
+    """Decode a whole file: uint8 [3, h, w]. ValueError naming the file if it is corrupt, huge or of floats.
 
-    Pillow's limit on the number of pixels (Image.MAX_IMAGE_PIXELS) holds: a small file can claim a huge image.
+    Pillow's limit on the number of pixels (Image.MAX_IMAGE_PIXELS) holds: a small file can claim to be huge.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                pixels = np.array(_rgb(ImageOps.exif_transpose(image)))
+                pixels = np.array(_rgb(_upright(image)))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(
-            f"image file {path} has more than {Image.MAX_IMAGE_PIXELS} pixels, Pillow's limit; store it smaller"
-        ) from None
-    except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
+        what = f"image file {path} has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit of Pillow"
+        raise ValueError(f"{what}; store it smaller") from None
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"image file {path} cannot be read ({reason}); replace it or set on_corrupt=skip") from None
+        what = f"image file {path} cannot be read ({reason})"
+        raise ValueError(f"{what}; replace it, or set on_corrupt to skip") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged camera notes; damaged pixels will be found when they are decoded
+        return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -52,12 +62,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def find_images(path: str | Path, split: str, is_test) -> tuple[list[Path], list[int], list[str]]:
-    """Image files, their labels and the class names of one split of a folder of class folders, in sorted order.
+def find_images(path: str | Path, split: str) -> tuple[list[Path], list[int], list[str]]:
+    """Image files, their labels and the class names, in sorted order, of one split of a folder.
 
     path/CLASS/**/FILE, or path/train/CLASS/... beside path/test/CLASS/... (or val). In the first form
-    `is_test(ids, labels) -> list[bool]` splits the pictures; ids are paths below the folder.
-    FileNotFoundError if path is missing, ValueError if there is nothing to learn from; both say what was expected.
+    `is_test` splits the pictures by their paths below the folder. FileNotFoundError if path is missing,
+    ValueError if there is nothing to learn from; both say what was expected.
     """
     folder = existing_folder(Path(path))
     inside = {item.name: item for item in _folders(folder)}
@@ -80,6 +90,25 @@ def find_images(path: str | Path, split: str, is_test) -> tuple[list[Path], list
     return [files[i] for i in kept], [labels[i] for i in kept], classes
 
 
+def is_test(keys: Sequence[str], labels: Sequence[int]) -> list[bool]:
+    """A fixed split: in each class the TEST_FRACTION of keys with the smallest hash. Equal keys share it.
+
+    A picture's side depends on its own class only, so it stays when other classes are added or removed.
+    """
+
+    def rank(key: str) -> bytes:
+        return hashlib.sha256(key.encode()).digest()
+
+    members: dict[int, set[str]] = {}
+    for key, label in zip(keys, labels, strict=True):
+        members.setdefault(label, set()).add(key)
+    test = {
+        label: set(sorted(found, key=rank)[: round(TEST_FRACTION * len(found))])
+        for label, found in members.items()
+    }
+    return [key in test[label] for key, label in zip(keys, labels, strict=True)]
+
+
 def existing_folder(folder: Path) -> Path:
     if folder.is_dir():
         return folder
@@ -95,8 +124,10 @@ def _labelled(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     classes = _folders(folder)
     if not classes:
         loose = _images(folder)
-        state = f"holds {len(loose)} images but no class folders" if loose else "is empty: no class folders, no images"
-        raise ValueError(f"folder {folder} {state}; expected {folder / 'CLASS_NAME' / 'picture.png'}")
+        state = f"holds {len(loose)} images but no class folders" if loose else "is empty"
+        raise ValueError(
+            f"folder {folder} {state}; expected images in class folders, {folder / 'CLASS'}/*.png"
+        )
     files, labels = [], []
     for label, class_folder in enumerate(classes):
         found = _images(class_folder)
@@ -108,10 +139,11 @@ def _labelled(folder: Path) -> tuple[list[Path], list[int], list[str]]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith((".", "__")))
+    found = (item for item in folder.iterdir() if not item.name.startswith((".", "__")))
+    return sorted(item for item in found if item.is_dir())
 
 
 def _images(folder: Path) -> list[Path]:
     known = Image.registered_extensions()
-    found = (item for item in folder.rglob("*") if item.suffix.lower() in known and not item.name.startswith("."))
-    return sorted(item for item in found if item.is_file())
+    found = (item for item in folder.rglob("*") if item.suffix.lower() in known)
+    return sorted(item for item in found if item.is_file() and not item.name.startswith("."))

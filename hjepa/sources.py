@@ -1,17 +1,18 @@
-"""Where pictures come from: arrays, drawings and image files behind one pair of methods, and a reader per data set.
+"""Where pictures come from: a reader per data set, for arrays, drawings and image files.
 
-A reader lists labels and ids of one split; its `open` then loads only the pictures that are kept. Downloads are
-torchvision's. They never wait longer than TIMEOUT seconds for an answer, and a failure says which file to put where.
+A reader lists labels and ids of one split; its `open` then loads only the pictures that are kept. All three
+kinds of picture answer to `source` and `resized`. Downloads are torchvision's. They never wait longer than
+TIMEOUT seconds for an answer, and a failure says which file to put where.
 
-Sources: OpenMoji (openmoji.org, CC BY-SA 4.0); Fashion-MNIST (Xiao et al. 2017); CIFAR-10 (Krizhevsky 2009); STL-10
-(Coates et al. 2011), its labelled part; Imagenette (Howard 2019), ten classes of ImageNet.
+Sources: OpenMoji (openmoji.org, CC BY-SA 4.0); Fashion-MNIST (Xiao et al. 2017); CIFAR-10 (Krizhevsky 2009);
+STL-10 (Coates et al. 2011), its labelled part; Imagenette (Howard 2019), ten classes of ImageNet.
 """
 
 import contextlib
 import gzip
-import hashlib
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,20 @@ import torch
 from torch import Tensor
 
 from . import openmoji
-from .imagefiles import find_images, read_image
+from .imagefiles import find_images, is_test, read_image
 
 TIMEOUT = 15.0  # seconds without an answer before a download gives up
-TEST_FRACTION = 0.25  # of the data sets that come without a split of their own
 MEMORY = 1 << 30  # bytes of decoded image files kept in memory; the rest is decoded at each use
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
-FASHION = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(",")
-IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
+FASHION = [
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+]
+IMAGENETTE = [
+    *("tench", "English springer", "cassette player", "chain saw", "church"),
+    *("French horn", "garbage truck", "gas pump", "golf ball", "parachute"),
+]
+IMAGENETTE_COUNTS = {"train": 9469, "test": 3925}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Listing:
-    """One split before its pixels are loaded. open(indices) -> (pictures, positions in indices that are left out)."""
+    """One split before its pixels are loaded. open(indices) -> (pictures, positions in indices left out)."""
 
     ids: list[str]
     labels: list[int]
@@ -116,34 +123,23 @@ class FilePictures:
     def source(self, index: int) -> Tensor:
         if index in self.kept:
             return self.kept[index]
-        image = read_image(self.files[index])
+        image = read_image(self.files[index])  # [3, h, w]
         height, width = image.shape[-2:]
         shrink = self.detail / min(height, width)
         if shrink < 1:
             image = fit(image, round(height * shrink), round(width * shrink), fill=None)
-        if image.numel() <= self.free:
-            self.kept[index] = image = image.contiguous()
-            self.free -= image.numel()
-        return image
+        if image.numel() > self.free:
+            self.free = 0
+            return image
+        self.free -= image.numel()
+        self.kept[index] = image.contiguous()
+        return self.kept[index]
 
     def resized(self, indices: list[int], height: int, width: int) -> Tensor:
         images = torch.empty(len(indices), 3, height, width, dtype=torch.uint8)
         for row, index in enumerate(indices):
             images[row] = fit(read_image(self.files[index]), height, width, fill=None)
         return images
-
-
-def is_test(keys: Sequence[str], labels: Sequence[int]) -> list[bool]:
-    """A fixed split: in each class the TEST_FRACTION of keys with the smallest hash. Equal keys stay together."""
-
-    def rank(key: str) -> bytes:
-        return hashlib.sha256(key.encode()).digest()
-
-    test: set[tuple[str, int]] = set()
-    for label in set(labels):
-        members = sorted({key for key, other in zip(keys, labels, strict=True) if other == label}, key=rank)
-        test |= {(key, label) for key in members[: round(TEST_FRACTION * len(members))]}
-    return [pair in test for pair in zip(keys, labels, strict=True)]
 
 
 def read_openmoji(request: Request) -> Listing:
@@ -165,12 +161,15 @@ def read_fashion_mnist(request: Request) -> Listing:
     names = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
     files = _idx_files(folder, names) or _idx_files(DEBIAN, names)
     if files is None:
-        with _downloading("fashion_mnist", folder, "the four *-ubyte.gz files from github.com/zalandoresearch/fashion-mnist"):
+        url = "https://github.com/zalandoresearch/fashion-mnist/tree/master/data/fashion"
+        with _downloading("fashion_mnist", folder, f"the four files *-ubyte.gz of {url}"):
             from torchvision.datasets import FashionMNIST
 
             FashionMNIST(str(request.root), download=True)
         files = [folder / name for name in names]
     images, labels = (read_idx(file) for file in files)
+    if len(images) != len(labels):
+        raise ValueError(f"{files[0]} has {len(images)} images but {files[1]} has {len(labels)} labels")
     return _array_listing(images[:, None], labels, FASHION, request.split, fill=0)
 
 
@@ -187,7 +186,7 @@ def read_idx(path: Path) -> np.ndarray:
         if shape is None:
             raise ValueError("not an IDX file of bytes")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape.astype(int)).copy()
-    except (OSError, EOFError, ValueError, IndexError, gzip.zlib.error) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise ValueError(f"data file {path} is damaged ({error}); delete it and fetch it again") from None
 
 
@@ -197,7 +196,8 @@ def read_cifar10(request: Request) -> Listing:
         from torchvision.datasets import CIFAR10
 
         data = CIFAR10(str(request.root), train=request.split == "train", download=True)
-    return _array_listing(data.data.transpose(0, 3, 1, 2), data.targets, data.classes, request.split, fill=None)
+    images = data.data.transpose(0, 3, 1, 2)
+    return _array_listing(images, data.targets, data.classes, request.split, fill=None)
 
 
 def read_stl10(request: Request) -> Listing:
@@ -209,7 +209,9 @@ def read_stl10(request: Request) -> Listing:
     return _array_listing(data.data, data.labels, data.classes, request.split, fill=None)
 
 
-def _array_listing(images: np.ndarray, labels: Any, classes: list[str], split: str, *, fill: int | None) -> Listing:
+def _array_listing(
+    images: np.ndarray, labels: Any, classes: list[str], split: str, *, fill: int | None
+) -> Listing:
     def open_(indices: list[int]) -> tuple[ArrayPictures, list[int]]:
         return ArrayPictures(torch.from_numpy(np.ascontiguousarray(images[indices])), fill), []
 
@@ -220,26 +222,30 @@ def _array_listing(images: np.ndarray, labels: Any, classes: list[str], split: s
 def read_imagenette(request: Request) -> Listing:
     size = "160" if request.image_size <= 80 else "320" if request.image_size <= 160 else ""
     folder = request.root / (f"imagenette2-{size}" if size else "imagenette2")
-    split = "train" if request.split == "train" else "val"
     if not folder.is_dir():
-        with _downloading("imagenette", request.root, f"https://s3.amazonaws.com/fast-ai-imageclas/{folder.name}.tgz"):
+        url = f"https://s3.amazonaws.com/fast-ai-imageclas/{folder.name}.tgz"
+        with _downloading("imagenette", request.root, url):
             from torchvision.datasets import Imagenette
 
-            Imagenette(str(request.root), split=split, size=f"{size}px" if size else "full", download=True)
-    files, labels, wnids = find_images(folder, request.split, is_test)
-    if len(files) != IMAGENETTE_COUNTS[split]:
-        raise ValueError(f"{folder / split} has {len(files)} images, not {IMAGENETTE_COUNTS[split]}; delete {folder}")
-    return _file_listing(request, folder, files, labels, wnids)
+            Imagenette(str(request.root), size=f"{size}px" if size else "full", download=True)
+    files, labels, _ = find_images(folder, request.split)
+    expected = IMAGENETTE_COUNTS[request.split]
+    if len(files) != expected:
+        state = f"folder {folder} has {len(files)} {request.split} images, not {expected}"
+        raise ValueError(f"{state}; delete it to fetch it again")
+    return _file_listing(request, folder, files, labels, IMAGENETTE)
 
 
 def read_imagefolder(request: Request) -> Listing:
     if request.path is None:
         raise ValueError("data set 'imagefolder' needs path=, the folder that holds the class folders")
-    files, labels, classes = find_images(request.path, request.split, is_test)
+    files, labels, classes = find_images(request.path, request.split)
     return _file_listing(request, Path(request.path), files, labels, classes)
 
 
-def _file_listing(request: Request, folder: Path, files: list[Path], labels: list[int], classes: list[str]) -> Listing:
+def _file_listing(
+    request: Request, folder: Path, files: list[Path], labels: list[int], classes: list[str]
+) -> Listing:
     def open_(indices: list[int]) -> tuple[FilePictures, list[int]]:
         pictures = FilePictures([files[i] for i in indices], 2 * request.image_size)
         bad = [i for i in range(len(indices)) if not _readable(pictures, i, request.skip_corrupt)]
@@ -267,15 +273,14 @@ def _readable(pictures: FilePictures, index: int, skip_corrupt: bool) -> bool:
 
 @contextlib.contextmanager
 def _downloading(name: str, folder: Path, what: str) -> Iterator[None]:
-    """Bound the wait of torchvision's downloads and turn their failures into one line that says what to do."""
+    """Bound the wait of torchvision's downloads; turn a failure into one line that says what to do."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         yield
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise FileNotFoundError(
-            f"data set '{name}' is not in {folder} and cannot be downloaded ({reason}); put {what} there"
-        ) from None
+        state = f"data set {name!r} is not in {folder} and the download failed ({reason})"
+        raise FileNotFoundError(f"{state}; fetch {what} into that folder") from None
     finally:
         socket.setdefaulttimeout(before)
