@@ -5,21 +5,9 @@ Channels of a head come in pairs (2i, 2i+1). A token at position p = (row, colum
     angle_i(p) = row * F[0, i] + column * F[1, i] + offset_i
 
 and because a rotation by a, transposed, times a rotation by b is the rotation by b - a, the score of a query and a
-key sees only the difference of their positions. Everything else is a choice of F, the two rows of frequencies:
+key sees only the difference of their positions. Everything else is a choice of F, the two rows of frequencies, which
+`frequencies.py` makes: axial or mixed, and rescaled by a strategy on another grid than the one of training.
 
-    axial   F[0] = (w_0 .. w_{n-1}, 0 .. 0), F[1] = (0 .. 0, w_0 .. w_{n-1}), w_i = theta^(-i/n), n = dim/4
-            first half of the channels turns with the row, second half with the column (H-JEPA's convention)
-    mixed   F is learned, one per layer and head (Heo et al., "Rotary position embedding for vision transformer", 2024)
-
-A larger grid than the one of training is met by a strategy, which only rescales F (s = grid / training grid, per axis):
-
-    extrapolate   w_i                     positions keep their index, new ones are simply larger
-    interpolate   w_i / s                 positions are measured in picture widths (Chen et al., 2023)
-    ntk           w_i * s^(-i/(n-1))      the fastest pair keeps its speed, the slowest is interpolated
-    ntk_by_parts  between the first two, pair by pair, by its number of turns over the training grid; scores are
-                  sharpened by (1 + 0.1 ln s)^2 (YaRN, Peng et al., 2023)
-
-The half-patch offset (w_scaled - w) / 2 pins the picture's edge, so that a scaled grid lies on the picture it covers.
 Sources: Su et al., "RoFormer", 2021, section 3.2; the axial form is Fang et al., "EVA-02", 2023, and Heo et al.
 
 Not covered: 1-D sequences and video. The in-place rotation of an attention's buffer is in `attention.py`.
@@ -28,38 +16,26 @@ Not covered: 1-D sequences and video. The in-place rotation of an attention's bu
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-STRATEGIES = ("extrapolate", "interpolate", "ntk", "ntk_by_parts")
-KINDS = ("axial", "mixed")
-COORDINATES = ("index", "normalized")
-PARTS = (0.25, 1.0)  # turns over the training grid below which a pair is interpolated, above which it is not
+from .frequencies import (
+    COORDINATES,
+    KINDS,
+    STRATEGIES,
+    axial_frequencies,
+    check_choice,
+    grid_positions,
+    magnitude,
+    mixed_frequencies,
+    normalized,
+    rescaled,
+)
+
 CACHED_GRIDS = 8
-
-
-def grid_positions(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Row and column of each patch, row-major: `[height * width, 2]` float32, row first."""
-    rows = torch.arange(height, dtype=torch.float32, device=device)
-    columns = torch.arange(width, dtype=torch.float32, device=device)
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
-
-
-def axial_frequencies(dim: int, theta: Tensor | float, device: torch.device | str | None = None) -> Tensor:
-    """The axial F: `[2, 1, dim / 2]` radians per patch, from w_i = theta^(-4i/dim), i < dim/4."""
-    exponent = torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4)
-    omega = torch.as_tensor(theta, dtype=torch.float32, device=device) ** -exponent
-    zero = torch.zeros_like(omega)
-    return torch.stack((torch.cat((omega, zero)), torch.cat((zero, omega))))[:, None]
-
-
-def mixed_frequencies(dim: int, theta: float, layers: int, heads: int) -> Tensor:
-    """Initial mixed F: `[layers, 2, heads, dim / 2]`, the axial magnitudes in a random direction per head and layer."""
-    magnitude = theta ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
-    direction = torch.rand(layers, heads, 1) * 2 * math.pi
-    both = torch.cat((direction.expand(-1, -1, dim // 4), (direction + math.pi / 2).expand(-1, -1, dim // 4)), -1)
-    return magnitude.repeat(2) * torch.stack((both.sin(), both.cos()), dim=1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -86,7 +62,7 @@ class VisionRoPE2D(nn.Module):
         num_heads, num_layers: needed by "mixed" and by `theta_per_layer`; axial tables are laid out for `num_heads`.
         learnable: make theta (one, or one per layer) a parameter, stored as its logarithm.
         theta_per_layer: one theta per layer in place of `theta`.
-        strategy: what happens on another grid than the training one, see the module's docstring. May be set later.
+        strategy: what happens on another grid than the training one, see `frequencies.py`. May be set later.
         coordinates: "index" (patches) or "normalized" (the picture spans -1 .. 1, angle = 2 pi w c, as DINOv3).
         fraction: share of the channels that turns, the rest is passed on.
         shift, jitter, rescale: coordinate augmentation in training mode, as DINOv3: a shift of up to `shift` half
@@ -126,11 +102,8 @@ class VisionRoPE2D(nn.Module):
         self.thetas = tuple(float(t) for t in thetas)
         self.strategy = strategy
         self.log_theta = nn.Parameter(torch.tensor(self.thetas).log()) if learnable else None
-        self.mixed = (
-            nn.Parameter(mixed_frequencies(self.rotary_dim, self.thetas[0], num_layers, num_heads))
-            if kind == "mixed"
-            else None
-        )
+        mixed = mixed_frequencies(self.rotary_dim, self.thetas[0], num_layers, num_heads) if kind == "mixed" else None
+        self.mixed = None if mixed is None else nn.Parameter(mixed)
         self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
 
     @property
@@ -140,11 +113,15 @@ class VisionRoPE2D(nn.Module):
 
     @strategy.setter
     def strategy(self, value: str) -> None:
-        _check_choice("strategy", value, STRATEGIES)
+        check_choice("strategy", value, STRATEGIES)
         if self.coordinates == "normalized" and value != "extrapolate":
-            raise ValueError(f"strategy={value!r} rescales indices; coordinates='normalized' has none, leave extrapolate")
+            raise ValueError(
+                f"strategy={value!r} rescales indices, coordinates='normalized' has none: leave 'extrapolate'"
+            )
         if self.kind == "mixed" and value.startswith("ntk"):
-            raise ValueError(f"strategy={value!r} needs theta; kind='mixed' has learned frequencies: use interpolate")
+            raise ValueError(
+                f"strategy={value!r} needs theta, kind='mixed' has learned frequencies: 'extrapolate' or 'interpolate'"
+            )
         self._strategy = value
 
     @property
@@ -182,6 +159,8 @@ class VisionRoPE2D(nn.Module):
 
     def frequencies(self, layer: int = 0, device: torch.device | str | None = None) -> Tensor:
         """F of a layer on the training grid: `[2, heads or 1, rotary_dim / 2]` radians per patch, float32."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer={layer} is not one of the {self.num_layers} layers, 0..{self.num_layers - 1}")
         if self.mixed is not None:
             return self.mixed[layer].float()
         which = layer if len(self.thetas) > 1 else 0
@@ -194,31 +173,13 @@ class VisionRoPE2D(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """F under the strategy on `grid_size`, and the offset `[heads or 1, rotary_dim / 2]` in radians."""
         base = self.frequencies(layer, device)
-        size = torch.tensor(grid_size, dtype=torch.float32, device=base.device)[:, None, None]
-        trained = torch.tensor(self.grid_size, dtype=torch.float32, device=base.device)[:, None, None]
         if self.coordinates == "normalized":
-            return 4 * math.pi * base / size, (2 * math.pi * base * (1 / size - 1)).sum(0)
-        scale = size / trained
-        if self.strategy == "extrapolate":
-            scaled = base
-        elif self.strategy == "interpolate":
-            scaled = base / scale
-        elif self.strategy == "ntk":
-            pairs = self.rotary_dim // 4
-            exponent = torch.arange(pairs, device=base.device) / max(pairs - 1, 1)
-            scaled = base * scale ** -exponent.repeat(2)
-        else:
-            turns = trained * base / (2 * math.pi)
-            keep = ((turns - PARTS[0]) / (PARTS[1] - PARTS[0])).clamp(0, 1)
-            scaled = base * (keep + (1 - keep) / scale)
-        return scaled, ((scaled - base) / 2).sum(0)
+            return normalized(base, grid_size)
+        return rescaled(base, self.strategy, grid_size, self.grid_size)
 
     def magnitude(self, grid_size: tuple[int, int]) -> float:
         """Length given to each rotated pair: 1, or YaRN's 1 + 0.1 ln s on a larger grid under ntk_by_parts."""
-        if self.strategy != "ntk_by_parts":
-            return 1.0
-        scale = math.sqrt(grid_size[0] * grid_size[1] / (self.grid_size[0] * self.grid_size[1]))
-        return 1 + 0.1 * math.log(max(scale, 1.0))
+        return magnitude(self.strategy, grid_size, self.grid_size)
 
     # rotation
 
@@ -278,7 +239,8 @@ class VisionRoPE2D(nn.Module):
             return self.make_table(grid_positions(*grid_size, device=device)[None], grid_size, layer)
         key = (*grid_size, layer, self.strategy, str(device))
         if key not in self._cache:
-            table = self.make_table(grid_positions(*grid_size, device=device)[None], grid_size, layer)
+            with torch.inference_mode(False):  # a table made while only looking must still serve a backward pass
+                table = self.make_table(grid_positions(*grid_size, device=device)[None], grid_size, layer)
             self._cache[key] = table
             while len(self._cache) > CACHED_GRIDS * self.num_layers:
                 self._cache.popitem(last=False)
@@ -306,6 +268,8 @@ class VisionRoPE2D(nn.Module):
         for name, x in (("q", q), ("k", k)):
             if x.shape[-1] != self.dim:
                 raise ValueError(f"{name} has head dim {x.shape[-1]}, this VisionRoPE2D was built for dim={self.dim}")
+            if self.mixed is not None and x.shape[-3] != self.num_heads:
+                raise ValueError(f"{name} has {x.shape[-3]} heads, kind='mixed' was built for {self.num_heads}")
             if x.shape[-2] != expected:
                 raise ValueError(
                     f"{name} has {x.shape[-2]} tokens, expected {expected} for the patch grid {grid_size}; "
@@ -313,6 +277,10 @@ class VisionRoPE2D(nn.Module):
                 )
         table = self.table(grid_size, layer, positions=positions, device=q.device).transpose(1, 2)
         return rotate(q, table), rotate(k, table)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "VisionRoPE2D":
+        """Move with the model, but keep theta and frequencies in float32 whatever dtype the model is cast to."""
+        return super()._apply(lambda t: t.to(fn(t).device) if fn(t).element_size() < 4 else fn(t), *args, **kwargs)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cache": OrderedDict()}
@@ -325,11 +293,6 @@ class VisionRoPE2D(nn.Module):
         )
 
 
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-
-
 def _check_options(rope: VisionRoPE2D, thetas: list[float], per_layer: bool) -> int:
     """Check the options of a VisionRoPE2D and return the number of channels that turn."""
     if rope.dim <= 0 or rope.dim % 4:
@@ -337,18 +300,20 @@ def _check_options(rope: VisionRoPE2D, thetas: list[float], per_layer: bool) -> 
     if min(rope.grid_size) < 1:
         raise ValueError(f"num_patches_per_side={rope.grid_size} needs at least one patch per side")
     for theta in thetas:
-        if not (isinstance(theta, int | float) and math.isfinite(theta) and theta > 0):
+        if not (isinstance(theta, Real) and math.isfinite(theta) and theta > 0):
             raise ValueError(f"theta={theta} must be a positive, finite number, for example 100 or 10000")
-    _check_choice("kind", rope.kind, KINDS)
-    _check_choice("coordinates", rope.coordinates, COORDINATES)
+    check_choice("kind", rope.kind, KINDS)
+    check_choice("coordinates", rope.coordinates, COORDINATES)
     if per_layer and len(thetas) != rope.num_layers:
         raise ValueError(f"theta_per_layer has {len(thetas)} values for {rope.num_layers} layers")
     if rope.kind == "mixed" and (rope.learnable or per_layer):
         raise ValueError("kind='mixed' learns every frequency: learnable and theta_per_layer go with kind='axial'")
-    if not 0 < rope.fraction <= 1 or (rope.dim * rope.fraction) % 4:
+    turning = rope.dim * rope.fraction
+    if not 0 < rope.fraction <= 1 or abs(turning / 4 - round(turning / 4)) > 1e-6 or round(turning) == 0:
         raise ValueError(f"fraction={rope.fraction} of dim={rope.dim} must be a multiple of 4 channels, above 0")
-    if not (rope.shift >= 0 and rope.jitter >= 1 and rope.rescale >= 1):
+    if not (0 <= rope.shift < math.inf and 1 <= rope.jitter < math.inf and 1 <= rope.rescale < math.inf):
         raise ValueError(
-            f"shift={rope.shift} must be at least 0, jitter={rope.jitter} and rescale={rope.rescale} at least 1"
+            f"shift={rope.shift} must be at least 0, jitter={rope.jitter} and rescale={rope.rescale} at least 1, "
+            "all finite"
         )
-    return int(rope.dim * rope.fraction)
+    return round(turning)

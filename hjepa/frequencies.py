@@ -1,0 +1,105 @@
+"""Frequencies of 2-D RoPE: how fast each channel pair turns with the row and with the column, on any grid.
+
+Pure functions. F is `[2, heads or 1, pairs]`, radians per patch: F[0] for rows, F[1] for columns.
+
+    axial   F[0] = (w_0 .. w_{n-1}, 0 .. 0), F[1] = (0 .. 0, w_0 .. w_{n-1}), w_i = theta^(-i/n), n = dim/4
+            first half of the channels turns with the row, second half with the column (H-JEPA's convention)
+    mixed   F is learned, one per layer and head (Heo et al., "Rotary position embedding for vision transformer", 2024)
+
+A larger grid than the one of training is met by a strategy, which only rescales F (s = grid / training grid, per axis):
+
+    extrapolate   w_i                     positions keep their index, new ones are simply larger
+    interpolate   w_i / s                 positions are measured in picture widths (Chen et al., 2023)
+    ntk           w_i * s^(-i/(n-1))      the fastest pair keeps its speed, the slowest is interpolated
+    ntk_by_parts  between the first two, pair by pair, by its number of turns over the training grid; rotated pairs
+                  grow by 1 + 0.1 ln s, so their scores are sharpened by its square (YaRN, Peng et al., 2023)
+
+The half-patch offset (w_scaled - w) / 2 pins the picture's edge, so that a scaled grid lies on the picture it covers.
+It turns queries and keys alike, so scores of patches with patches do not see it.
+
+Not covered: tables and the rotation itself (`rope.py`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STRATEGIES = ("extrapolate", "interpolate", "ntk", "ntk_by_parts")
+KINDS = ("axial", "mixed")
+COORDINATES = ("index", "normalized")
+PARTS = (0.25, 1.0)  # turns over the training grid below which a pair is interpolated, above which it is not
+
+
+def grid_positions(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Row and column of each patch, row-major: `[height * width, 2]` float32, row first."""
+    rows = torch.arange(height, dtype=torch.float32, device=device)
+    columns = torch.arange(width, dtype=torch.float32, device=device)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+
+
+def axial_frequencies(dim: int, theta: Tensor | float, device: torch.device | str | None = None) -> Tensor:
+    """The axial F: `[2, 1, dim / 2]` radians per patch, from w_i = theta^(-4i/dim), i < dim/4."""
+    exponent = torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4)
+    omega = torch.as_tensor(theta, dtype=torch.float32, device=device) ** -exponent
+    zero = torch.zeros_like(omega)
+    return torch.stack((torch.cat((omega, zero)), torch.cat((zero, omega))))[:, None]
+
+
+def mixed_frequencies(dim: int, theta: float, layers: int, heads: int) -> Tensor:
+    """Initial mixed F: `[layers, 2, heads, dim / 2]`, axial magnitudes in a random direction per head and layer."""
+    magnitude = theta ** -(torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
+    direction = torch.rand(layers, heads, 1) * 2 * math.pi
+    both = torch.cat((direction.expand(-1, -1, dim // 4), (direction + math.pi / 2).expand(-1, -1, dim // 4)), -1)
+    return magnitude.repeat(2) * torch.stack((both.sin(), both.cos()), dim=1)
+
+
+def normalized(base: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """F and offset that turn a pair by 2 pi w c, where c runs from -1 to 1 over the picture's sides (DINOv3)."""
+    size = _per_axis(grid_size, base)
+    return 4 * math.pi * base / size, (2 * math.pi * base * (1 / size - 1)).sum(0)
+
+
+def rescaled(
+    base: Tensor, strategy: str, grid_size: tuple[int, int], trained: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """F under a strategy, and the offset `[heads or 1, pairs]` in radians that pins the picture's edge.
+
+    Args:
+        base: F on the training grid; for "ntk" the axial one.
+        strategy: one of STRATEGIES.
+        grid_size, trained: (height, width) in patches now and in training.
+    """
+    scale = _per_axis(grid_size, base) / _per_axis(trained, base)
+    if strategy == "extrapolate":
+        scaled = base
+    elif strategy == "interpolate":
+        scaled = base / scale
+    elif strategy == "ntk":
+        pairs = base.shape[-1] // 2
+        exponent = torch.arange(pairs, device=base.device) / max(pairs - 1, 1)
+        scaled = base * scale ** -exponent.repeat(2)
+    else:
+        turns = _per_axis(trained, base) * base / (2 * math.pi)
+        keep = ((turns - PARTS[0]) / (PARTS[1] - PARTS[0])).clamp(0, 1)
+        scaled = base * (keep + (1 - keep) / scale)
+    return scaled, ((scaled - base) / 2).sum(0)
+
+
+def magnitude(strategy: str, grid_size: tuple[int, int], trained: tuple[int, int]) -> float:
+    """Length given to each rotated pair: 1, or YaRN's 1 + 0.1 ln s on a larger grid under ntk_by_parts."""
+    if strategy != "ntk_by_parts":
+        return 1.0
+    scale = math.sqrt(grid_size[0] * grid_size[1] / (trained[0] * trained[1]))
+    return 1 + 0.1 * math.log(max(scale, 1.0))
+
+
+def _per_axis(size: tuple[int, int], like: Tensor) -> Tensor:
+    return torch.tensor(size, dtype=torch.float32, device=like.device)[:, None, None]
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the allowed names."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
