@@ -4,8 +4,11 @@ Layers take plain keyword arguments; here is the one place that knows which conf
 Not covered: reading and checking configs (`hjepa.config`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -15,12 +18,20 @@ from .encoders import ContextEncoder, TargetEncoder, create_encoder
 from .masks import Masks, sample_masks
 from .model import HJEPA
 from .predictor import Predictor
-from .schedule import generator_at
+from .schedule import generator_at, mix
 
 
 def plain(section: Any) -> dict[str, Any]:
     """A config or a section of it as plain dicts and lists."""
     return OmegaConf.to_container(section)  # type: ignore[return-value]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU random numbers start from `seed` inside, and go on as before outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:
@@ -43,32 +54,37 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
 
 
 def build_encoders(config: Config, *, pretrained: bool = False) -> tuple[ContextEncoder, TargetEncoder]:
-    """Context and target encoder of a config, with its EMA schedule over train.steps."""
+    """Context and target encoder of a config as its run has them at step 0; the EMA schedule is over train.steps.
+
+    pretrained: start from timm's published weights (config.model.pretrained is for `build_model`).
+    """
     train = config.train
-    return create_encoder(
-        **encoder_arguments(config),
-        pretrained=pretrained,
-        ema_start=train.ema_start,
-        ema_end=train.ema_end,
-        ema_steps=train.steps,
-    )
+    with seeded(mix(train.seed, "encoder")):
+        return create_encoder(
+            **encoder_arguments(config),
+            pretrained=pretrained,
+            ema_start=train.ema_start,
+            ema_end=train.ema_end,
+            ema_steps=train.steps,
+        )
 
 
 def build_model(config: Config) -> HJEPA:
-    """The model of a config, freshly initialised from torch's generator.
+    """The model of a config as its run has it at step 0: the weights follow from train.seed alone.
 
     Raises ValueError on options that do not fit, from the layers themselves.
     """
     context, target = build_encoders(config, pretrained=config.model.pretrained)
     arguments = encoder_arguments(config)
-    predictor = Predictor(
-        context.embed_dim,
-        **plain(config.model.predictor),
-        levels=len(config.model.level_weights),
-        grid_size=context.grid_size,
-        num_prefix_tokens=context.num_prefix_tokens,
-        **{name: arguments[name] for name in ("use_rope", "rope_theta", "use_absolute", "rope")},
-    )
+    with seeded(mix(config.train.seed, "predictor")):
+        predictor = Predictor(
+            context.embed_dim,
+            **plain(config.model.predictor),
+            levels=len(config.model.level_weights),
+            grid_size=context.grid_size,
+            num_prefix_tokens=context.num_prefix_tokens,
+            **{name: arguments[name] for name in ("use_rope", "rope_theta", "use_absolute", "rope")},
+        )
     if config.train.grad_checkpointing:
         context.vit.set_grad_checkpointing(True)
     return HJEPA(

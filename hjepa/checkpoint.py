@@ -34,8 +34,8 @@ from .storage import (
     read_state,
     read_weights,
     save_checkpoint,
-    weights_bytes,
-    write_file,
+    write_json,
+    write_weights,
 )
 
 __all__ = [
@@ -106,11 +106,11 @@ def export_encoder(
     encoder, config, state = _load_run(Path(run_dir), which)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / WEIGHTS, weights_bytes(timm_weights(encoder)))
+    write_weights(folder / WEIGHTS, timm_weights(encoder))
     frequencies = encoder.rope.state_dict() if encoder.rope is not None else {}
     if frequencies:
-        write_file(folder / ROPE, weights_bytes(frequencies))
-    write_file(folder / CONFIG, json.dumps(_export_config(encoder, config, state, which), indent=1).encode())
+        write_weights(folder / ROPE, frequencies)
+    write_json(folder / CONFIG, _export_config(encoder, config, state, which))
     if push_to is not None:
         _push(folder, push_to)
     return folder
@@ -147,7 +147,7 @@ def _export_config(encoder: Encoder, config: Config, state: dict[str, Any], whic
         "hjepa": {
             "which": which,
             "step": state["step"],
-            "encoder": {key: value for key, value in arguments.items() if key != "vit"} | {"vit": arguments["vit"]},
+            "encoder": arguments,
             "config": state["config"],
         },
     }

@@ -47,9 +47,10 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
         with self.csv.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
-        for name, value in row.items() if self.board else ():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
+        if self.board:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         if self.board:

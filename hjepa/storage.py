@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Config
@@ -58,12 +57,11 @@ def save_checkpoint(
     """
     parent = Path(run_dir) / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
+    temporary = parent / f".tmp-{step}-{os.getpid()}"
     try:
-        write_file(temporary / WEIGHTS, weights_bytes(model.state_dict()))
-        _write_with(temporary / OPTIMIZER, lambda file: torch.save(optimizer.state_dict(), file))
+        temporary.mkdir(exist_ok=True)
+        write_weights(temporary / WEIGHTS, model.state_dict())
+        write_file(temporary / OPTIMIZER, lambda file: torch.save(optimizer.state_dict(), file))
         state = {
             "format": FORMAT,
             "version": VERSION,
@@ -73,34 +71,51 @@ def save_checkpoint(
             "extra": dict(extra or {}),
         }
         state["self"] = _digest_of(state)
-        write_file(temporary / STATE, json.dumps(state, indent=1).encode())
+        write_json(temporary / STATE, state)
         final = _put_in_place(temporary, parent / f"step_{step:08d}")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _steps(parent)[:-KEEP]:
+    earlier = [path for path in _steps(parent) if path.name <= final.name]
+    for old in [*earlier[:-KEEP], *parent.glob(".tmp-*")]:  # the latter from crashes
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def _put_in_place(temporary: Path, final: Path) -> Path:
-    """Rename, atomically; a folder of that name (a damaged one, run over again) steps aside until it is done."""
+    """Rename, atomically. A folder already there steps aside; if it is damaged it is kept as damaged_step_..."""
     _sync_folder(temporary)
-    aside = final.with_name(f".tmp-old-{final.name}")
+    aside = None
     if final.exists():
+        aside = final.with_name(f".tmp-{final.name}" if _is_whole(final) else f"damaged_{final.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(final, aside)
     os.replace(temporary, final)
     _sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
-def write_file(path: Path, data: bytes) -> None:
-    _write_with(path, lambda file: file.write(data))
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(read_state(folder))
+    except CheckpointError:
+        return False
 
 
-def _write_with(path: Path, writer: Callable[[Any], Any]) -> None:
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, flushed to disk."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """A JSON file, flushed to disk."""
+    write_file(path, lambda file: file.write(json.dumps(tree, indent=1).encode()))
+
+
+def write_file(path: Path, writer: Callable[[Any], Any]) -> None:
+    """What `writer` writes to an open binary file, flushed to disk."""
     with path.open("wb") as file:
         writer(file)
         file.flush()
@@ -115,10 +130,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def weights_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
 
 
 def _sha256(path: Path) -> str:
@@ -168,13 +179,22 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint, or None; each damaged newer one is named in a warning and left where it is."""
+    """The newest whole checkpoint, or None if there is no checkpoint at all.
+
+    Each damaged newer one is named in a warning and left where it is. CheckpointError if all are damaged.
+    """
+    problem = None
     for path in reversed(_steps(Path(run_dir) / "checkpoints")):
         try:
             read_state(path)
-            return path
         except CheckpointError as error:
-            warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
+            problem = problem or error
+            continue
+        if problem:
+            warnings.warn(f"going back to {path.name}: {problem}", stacklevel=2)
+        return path
+    if problem:
+        raise CheckpointError(f"{run_dir} has no whole checkpoint: {problem}")
     return None
 
 

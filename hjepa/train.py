@@ -100,7 +100,6 @@ class _Run:
     def _build(self) -> int:
         """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
         options = self.config.train
-        torch.manual_seed(mix(options.seed, "init"))
         self.plain = build_model(self.config)
         optimizer = torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr)
         state: dict[str, Any] = {"step": 0, "extra": {}}
