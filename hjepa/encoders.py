@@ -14,49 +14,20 @@ ones take their true positions along. With RoPE off and no tokens dropped the ou
 `forward_features`, bit for bit.
 
 Sources: Assran et al., "I-JEPA", 2023 (context, target, EMA); timm for the transformer itself.
-Not covered: timm models other than VisionTransformer with its pre-norm Block, and timm's own rotary models (EVA,
-`vit_*_rope_*`), which need no wrapper.
+Not covered: building the transformer and which of timm's fit (`vit.py`).
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import RoPEAttentionWrapper
+from .checks import as_pair, check_image, check_index, check_masked, check_positions, square_patch
 from .rope import VisionRoPE2D
-
-
-def build_vit(encoder_type: str, img_size: int | tuple[int, int], pretrained: bool = False, **overrides: Any) -> Any:
-    """A timm VisionTransformer without classifier that takes any image size. `overrides` are timm's own arguments.
-
-    Raises:
-        ValueError: an unknown name, a model that is not a VisionTransformer of plain Blocks, a size that does not fit.
-    """
-    if encoder_type.startswith("hf-hub:") or timm.is_model(encoder_type):
-        name = encoder_type
-    else:
-        near = difflib.get_close_matches(encoder_type, timm.list_models("vit_*") + timm.list_models("deit*"), n=1)
-        raise ValueError(f"encoder_type={encoder_type!r} is not a timm model; nearest: {near[0] if near else 'none'}")
-    try:
-        vit = timm.create_model(
-            name, pretrained=pretrained, img_size=img_size, num_classes=0, dynamic_img_size=True, **overrides
-        )
-    except TypeError as error:
-        raise ValueError(f"encoder_type={encoder_type!r} is not a VisionTransformer of timm: {error}") from None
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(
-            f"encoder_type={encoder_type!r} is a {type(vit).__name__}, not a timm VisionTransformer; models that "
-            "are rotary by themselves (eva02, vit_*_rope_*) need no wrapper"
-        )
-    if not all(type(block) is Block for block in vit.blocks):
-        raise ValueError(f"encoder_type={encoder_type!r} has {type(vit.blocks[0]).__name__}s, only plain Blocks fit")
-    return vit
+from .vit import add_rope, block_weights, build_vit, freeze_head, run_block
 
 
 class _Encoder(nn.Module):
@@ -76,16 +47,19 @@ class _Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder_type, self.use_rope, self.use_absolute = encoder_type, use_rope, use_absolute
-        _check_image(_pair(img_size), (vit or {}).get("patch_size"))
-        self.vit: VisionTransformer = build_vit(encoder_type, img_size, pretrained, **(vit or {}))
-        self.patch_size: int = self.vit.patch_embed.patch_size[0]
-        _check_image(_pair(img_size), self.patch_size)
+        options = dict(vit or {})
+        if options.get("patch_size") is not None:  # before timm builds on it
+            check_image(as_pair(img_size), square_patch(options["patch_size"]))
+        self.vit: VisionTransformer = build_vit(encoder_type, img_size, pretrained, **options)
+        self.patch_size = square_patch(self.vit.patch_embed.feat_ratio(as_scalar=False))
+        check_image(as_pair(img_size), self.patch_size)
+        freeze_head(self.vit)
         if not use_absolute:
             self.vit.pos_embed = None
         self.rope = self._add_rope(rope_theta, dict(rope or {})) if use_rope else None
 
     def _add_rope(self, theta: float, options: dict[str, Any]) -> VisionRoPE2D:
-        first = self.vit.blocks[0].attn
+        first: Any = self.vit.blocks[0].attn
         rope = VisionRoPE2D(
             getattr(first, "head_dim", 0),
             self.patch_size,
@@ -96,7 +70,7 @@ class _Encoder(nn.Module):
             **options,
         )
         for layer, block in enumerate(self.vit.blocks):
-            block.attn = RoPEAttentionWrapper(block.attn, rope, layer, self.num_prefix_tokens)
+            add_rope(block, rope, layer, self.num_prefix_tokens)
         return rope
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -130,7 +104,7 @@ class _Encoder(nn.Module):
         if images.dim() != 4:
             raise ValueError(f"images must be [B, channels, height, width], got shape {tuple(images.shape)}")
         height, width = images.shape[-2:]
-        _check_image((height, width), self.patch_size)
+        check_image((height, width), self.patch_size)
         return height // self.patch_size, width // self.patch_size
 
     def forward(
@@ -161,7 +135,7 @@ class _Encoder(nn.Module):
                 raise ValueError("give context_idx or is_masked, not both")
             return self._forward_masked(images, is_masked, positions)
         if context_idx is not None:
-            _check_index(context_idx, images.shape[0], grid)
+            check_index(context_idx, images.shape[0], grid)
         return self._encode(images, grid, context_idx, positions, None)
 
     def _encode(
@@ -177,7 +151,7 @@ class _Encoder(nn.Module):
             prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], dim=1)
             x = torch.cat((prefix, patches.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))), dim=1)
         x = self.vit.norm_pre(x)
-        return self.vit.norm(self._run_blocks(x, self._tables(grid, index, positions, x.device), attn_mask))
+        return self.vit.norm(self._run_blocks(x, self._tables(len(x), grid, index, positions, x.device), attn_mask))
 
     def _embed(self, images: Tensor) -> Tensor:
         """Patches and prefix tokens with the absolute table added where there is one: `[B, prefix + N, D]`."""
@@ -189,7 +163,7 @@ class _Encoder(nn.Module):
         return self.vit.pos_drop(torch.cat([*prefix, x.flatten(1, 2)], dim=1))
 
     def _tables(
-        self, grid: tuple[int, int], index: Tensor | None, positions: Tensor | None, device: torch.device
+        self, batch: int, grid: tuple[int, int], index: Tensor | None, positions: Tensor | None, device: torch.device
     ) -> list[Tensor | None]:
         """One rotation table per layer, or None per layer with RoPE off."""
         if self.rope is None:
@@ -198,6 +172,8 @@ class _Encoder(nn.Module):
             return [None] * len(self.vit.blocks)
         if positions is None and self.training and self.rope.augments:
             positions = self.rope.augment(self.rope.positions(grid, device), grid)
+        if positions is not None:
+            check_positions(positions, batch, grid)
         return list(self.rope.tables(grid, positions=positions, index=index, device=device))
 
     def _run_blocks(self, x: Tensor, tables: list[Tensor | None], attn_mask: Tensor | None) -> Tensor:
@@ -213,14 +189,9 @@ class _Encoder(nn.Module):
         """Visible tokens first, as many as the fullest sample has; the surplus of the others is masked as keys."""
         grid, batch = self.image_grid(images), images.shape[0]
         patches, prefix = grid[0] * grid[1], self.num_prefix_tokens
-        if is_masked.dtype != torch.bool or is_masked.shape != (batch, patches):
-            raise ValueError(
-                f"is_masked must be boolean [{batch}, {patches}], got {is_masked.dtype} {list(is_masked.shape)}"
-            )
-        visible = (~is_masked).sum(1)
-        if int(visible.min()) == 0:
-            raise ValueError(f"is_masked hides all {patches} patches of sample {int(visible.argmin())}: empty context")
-        index = is_masked.int().argsort(dim=1, stable=True)[:, : int(visible.max())]
+        check_masked(is_masked, batch, patches)
+        most = int((~is_masked).sum(1).max())
+        index = is_masked.int().argsort(dim=1, stable=True)[:, :most]
         surplus = is_masked.gather(1, index)
         attn_mask = None
         if surplus.any():
@@ -234,30 +205,14 @@ class _Encoder(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> list[Tensor]:
-        """Attention weights of every layer, `[B, heads, prefix + N, prefix + N]` each, for pictures. RoPE or not."""
+        """Attention weights of every layer, `[B, heads, prefix + N, prefix + N]` each, RoPE or not, for pictures."""
         grid = self.image_grid(images)
         x = self.vit.norm_pre(self._embed(images))
         maps = []
-        for block, table in zip(self.vit.blocks, self._tables(grid, None, None, x.device), strict=True):
-            maps.append(_weights(block.attn, block.norm1(x), table))
+        for block, table in zip(self.vit.blocks, self._tables(len(x), grid, None, None, x.device), strict=True):
+            maps.append(block_weights(block, x, table))
             x = run_block(block, x, table, None)
         return maps
-
-
-def run_block(block: nn.Module, x: Tensor, table: Tensor | None, attn_mask: Tensor | None) -> Tensor:
-    """A timm Block on `x` `[B, N, D]`, its attention given the rotation table."""
-    if table is None:
-        return block(x, attn_mask=attn_mask)
-    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask, table=table)))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def _weights(attn: Any, x: Tensor, table: Tensor | None) -> Tensor:
-    if table is not None:
-        return attn.attention_weights(x, table=table)
-    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    q, k = attn.q_norm(qkv[0]), attn.k_norm(qkv[1])
-    return ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class ContextEncoder(_Encoder):
@@ -302,19 +257,16 @@ class TargetEncoder(_Encoder):
     @torch.no_grad()
     def update_from_context_encoder(self, context_encoder: nn.Module, current_step: int) -> float:
         """target = m * target + (1 - m) * context for parameters and float buffers, copies of the rest; returns m."""
-        momentum = self.momentum_at(current_step)
-        mine, theirs = self._tensors(), dict(_named_tensors(context_encoder))
+        mine, theirs = dict(_named_tensors(self)), dict(_named_tensors(context_encoder))
         if mine.keys() != theirs.keys():
             odd = sorted(mine.keys() ^ theirs.keys())
             raise ValueError(f"context encoder is built differently: {odd[0]} is in one of the two only")
         floats = [name for name, t in mine.items() if t.is_floating_point()]
+        momentum = self.momentum_at(current_step)
         torch._foreach_lerp_([mine[n] for n in floats], [theirs[n].to(mine[n].dtype) for n in floats], 1 - momentum)
         for name in mine.keys() - set(floats):
             mine[name].copy_(theirs[name])
         return momentum
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return dict(_named_tensors(self))
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -353,36 +305,7 @@ def create_encoder(
     """
     kwargs: dict[str, Any] = dict(use_absolute=use_absolute, rope=rope, vit=vit)
     context = ContextEncoder(encoder_type, img_size, pretrained, use_rope, rope_theta, **kwargs)
-    schedule = dict(ema_start=ema_start, ema_end=ema_end, ema_steps=ema_steps)
+    schedule: dict[str, Any] = dict(ema_start=ema_start, ema_end=ema_end, ema_steps=ema_steps)
     target = TargetEncoder(encoder_type, img_size, False, use_rope, rope_theta, **schedule, **kwargs)
     target.load_state_dict(context.state_dict())
     return context, target
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _check_image(size: tuple[int, int], patch: int | None) -> None:
-    if patch is None:
-        return
-    for pixels in size:
-        if pixels < patch or pixels % patch:
-            near = max(patch, round(pixels / patch) * patch)
-            raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of the patch {patch}; nearest: {near}")
-
-
-def _check_index(index: Tensor, batch: int, grid: tuple[int, int]) -> None:
-    patches = grid[0] * grid[1]
-    if index.dim() != 2 or index.shape[0] != batch or index.dtype != torch.int64:
-        raise ValueError(f"context_idx must be int64 [{batch}, n], got {index.dtype} {list(index.shape)}")
-    if index.shape[1] == 0:
-        raise ValueError("context_idx is empty: the encoder needs at least one patch of each sample")
-    if torch.compiler.is_compiling():
-        return
-    if int(index.min()) < 0 or int(index.max()) >= patches:
-        raise ValueError(f"context_idx has {int(index.min())}..{int(index.max())}, the grid {grid} has 0..{patches - 1}")
-    ordered = index.sort(dim=1).values
-    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise ValueError("context_idx repeats a patch within a sample")
-

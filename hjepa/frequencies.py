@@ -21,7 +21,6 @@ Not covered: tables and the rotation itself (`rope.py`).
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -97,9 +96,3 @@ def magnitude(strategy: str, grid_size: tuple[int, int], trained: tuple[int, int
 
 def _per_axis(size: tuple[int, int], like: Tensor) -> Tensor:
     return torch.tensor(size, dtype=torch.float32, device=like.device)[:, None, None]
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of the allowed names."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")

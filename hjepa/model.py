@@ -60,7 +60,9 @@ def cell_centres(positions: Tensor, grid_size: tuple[int, int], level: int) -> T
 
 
 def variance_regularizer(features: Tensor) -> Tensor:
-    """VICReg's variance and covariance terms of `[n, D]` features, at unit standard deviation."""
+    """VICReg's variance and covariance terms of `[n, D]` features, at unit standard deviation; n must be at least 2."""
+    if len(features) < 2:
+        raise ValueError(f"the variance regularizer needs a batch of at least 2 images, got {len(features)}")
     centred = features - features.mean(0)
     covariance = centred.T @ centred / (len(features) - 1)
     std = (covariance.diagonal() + 1e-4).sqrt()
@@ -123,6 +125,10 @@ class HJEPA(nn.Module):
     def forward(self, images: Tensor, masks: Masks) -> HJEPAOutput:
         """Loss and its parts for `images` `[B, C, h, w]` of any size that fits the patch."""
         grid = self.context_encoder.image_grid(images)
+        if len(masks.target_idx) != len(self.level_weights):
+            raise ValueError(
+                f"masks have {len(masks.target_idx)} levels, level_weights={self.level_weights} needs one per weight"
+            )
         positions = self._positions(grid, images.device)
         context = self.context_encoder(
             images, masks.context_idx, positions=positions if self.context_encoder.use_rope else None

@@ -21,9 +21,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .attention import RoPEAttentionWrapper
-from .encoders import run_block
 from .rope import VisionRoPE2D
+from .vit import add_rope, run_block
 
 
 def sincos_positions(positions: Tensor, dim: int, theta: float = 10000.0) -> Tensor:
@@ -79,7 +78,7 @@ class Predictor(nn.Module):
                 options["theta_per_layer"] = _spread(options["theta_per_layer"], depth)
             self.rope = VisionRoPE2D(embed_dim // num_heads, 1, grid_size, rope_theta, **options)
             for layer, block in enumerate(self.blocks):
-                block.attn = RoPEAttentionWrapper(block.attn, self.rope, layer, num_prefix_tokens)
+                add_rope(block, self.rope, layer, num_prefix_tokens)
 
     def forward(
         self,
@@ -98,10 +97,14 @@ class Predictor(nn.Module):
 
         Returns:
             One `[B, m_l, D]` per level.
+
+        Raises:
+            ValueError: more levels than it was built for, or positions that do not fit the context.
         """
         grid = grid_size or self.grid_size
+        self._check(context, context_positions, query_positions)
         positions = torch.cat((context_positions, *query_positions), dim=1).float()
-        queries = [self.level_token[l].expand(*p.shape[:2], -1) for l, p in enumerate(query_positions)]
+        queries = [token.expand(*p.shape[:2], -1) for token, p in zip(self.level_token, query_positions, strict=False)]
         x = torch.cat((self.embed(context), *queries), dim=1)
         if self.use_absolute:
             x = x + self._absolute(positions, grid, x.dtype)
@@ -112,6 +115,16 @@ class Predictor(nn.Module):
             x = run_block(block, x, table, None)
         x = self.head(self.norm(x[:, context.shape[1] :]))
         return x.split([p.shape[1] for p in query_positions], dim=1)
+
+    def _check(self, context: Tensor, context_positions: Tensor, query_positions: Sequence[Tensor]) -> None:
+        if not 1 <= len(query_positions) <= len(self.level_token):
+            raise ValueError(f"{len(query_positions)} levels of queries, the predictor has 1..{len(self.level_token)}")
+        patches = context.shape[1] - self.num_prefix_tokens
+        if context_positions.shape != (len(context), patches, 2):
+            raise ValueError(
+                f"context_positions must be [{len(context)}, {patches}, 2] for context {list(context.shape)} with "
+                f"{self.num_prefix_tokens} prefix tokens, got {list(context_positions.shape)}"
+            )
 
     def _absolute(self, positions: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The position code `[B, prefix + n + m, D]`, zero for the prefix, in units of training patches."""

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_choice
 from .frequencies import (
     COORDINATES,
     KINDS,
     STRATEGIES,
     axial_frequencies,
-    check_choice,
     grid_positions,
     magnitude,
     mixed_frequencies,
@@ -227,7 +227,7 @@ class VisionRoPE2D(nn.Module):
             return table[0][index]
         return torch.stack([rows[i] for rows, i in zip(table, index, strict=True)])
 
-    def tables(self, grid_size: tuple[int, int], **where: Tensor | torch.device | str | None) -> list[Tensor]:
+    def tables(self, grid_size: tuple[int, int], **where: Any) -> list[Tensor]:
         """One table per layer; the same tensor `num_layers` times unless layers differ."""
         if not self.per_layer:
             return [self.table(grid_size, **where)] * self.num_layers
