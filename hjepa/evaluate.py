@@ -63,9 +63,7 @@ def patch_grid(size: Any, patch_size: Any) -> tuple[int, int]:
     for side, step in zip(pixels, patch, strict=True):
         if side % step:
             near = max(step, round(side / step) * step)
-            raise ValueError(
-                f"image side {side} px is not a multiple of the {step} px patch; the nearest is {near}"
-            )
+            raise ValueError(f"image side {side} px is not a multiple of the {step} px patch; the nearest is {near}")
     return pixels[0] // patch[0], pixels[1] // patch[1]
 
 
@@ -120,9 +118,7 @@ def _features(encoder: EncoderLike, images: Tensor, grid: tuple[int, int] | None
     out = encoder(images)
     if out.ndim == 3:
         if grid is None:
-            raise ValueError(
-                "an encoder that returns tokens needs patch_size; add it, or pool the tokens to [B, D]"
-            )
+            raise ValueError("an encoder that returns tokens needs patch_size; add it, or pool the tokens to [B, D]")
         out = pool_tokens(out[:, getattr(encoder, "num_prefix_tokens", 0) :], grid, pool)
     return out.float().cpu()
 
@@ -209,9 +205,7 @@ def resolution_transfer(
     fitted: dict[str, tuple[Pipeline, Tensor, Tensor]] = {}  # name -> probe, train and test features at home
     for size in tqdm(asked, desc="image sizes", disable=not progress):
         seen = _encode_all(encoders, test, size, test_index, pool, batch_size)
-        known = (
-            _encode_all(encoders, train, size, train_index, pool, batch_size) if refit or size == home else {}
-        )
+        known = _encode_all(encoders, train, size, train_index, pool, batch_size) if refit or size == home else {}
         for name, x in seen.items():
             here = linear_probe(known[name], y_train) if name in known else None
             if size == home:

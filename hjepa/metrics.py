@@ -141,9 +141,7 @@ def bootstrap_interval(hits: Tensor, n: int = 1000, seed: int = 0, level: float 
     return float(values.mean()), float(low), float(high)
 
 
-def jackknife_interval(
-    statistic: Callable[[Tensor], float], n: int, groups: int = 10, seed: int = 0
-) -> Interval:
+def jackknife_interval(statistic: Callable[[Tensor], float], n: int, groups: int = 10, seed: int = 0) -> Interval:
     """Value and 95 % interval of a statistic of n rows that is no mean; `statistic` takes row indices.
 
     Each of the groups is left out in turn. (Resampling with repetition would lower an effective rank.)

@@ -19,9 +19,7 @@ MEASURED = ("value", "low", "high", "n", "interval")  # every other key of a row
 def size_pair(size: Any) -> tuple[int, int]:
     """Image size in pixels as (height, width): 64, (64, 96), [64, 96], "64" and "64x96" are understood."""
     try:
-        parts = (
-            size.split("x") if isinstance(size, str) else list(size) if hasattr(size, "__iter__") else [size]
-        )
+        parts = size.split("x") if isinstance(size, str) else list(size) if hasattr(size, "__iter__") else [size]
         height, width = (int(parts[0]), int(parts[-1])) if len(parts) in (1, 2) else (0, 0)
     except ValueError:
         height = width = 0
@@ -36,9 +34,7 @@ def size_text(size: Any) -> str:
     return f"{height}" if height == width else f"{height}x{width}"
 
 
-def summarise(
-    rows: Sequence[Row], over: str = "seed", *, interval: str = "t", level: float = 0.95
-) -> list[Row]:
+def summarise(rows: Sequence[Row], over: str = "seed", *, interval: str = "t", level: float = 0.95) -> list[Row]:
     """One row per setting: the mean over `over`, with an interval over its values; n is their number.
 
     interval "t": Student's t at the given level (3 seeds: mean +- 4.30 standard errors, so wide); "range":
@@ -93,10 +89,7 @@ def rows_to_csv(rows: Sequence[Row], path: str | Path) -> None:
 def rows_from_csv(path: str | Path) -> list[Row]:
     """Read what `rows_to_csv` wrote: size as a pair, numbers as int or float, empty cells left out."""
     with open(path, newline="", encoding="utf-8") as file:
-        return [
-            {key: _parse(key, text) for key, text in row.items() if text != ""}
-            for row in csv.DictReader(file)
-        ]
+        return [{key: _parse(key, text) for key, text in row.items() if text != ""} for row in csv.DictReader(file)]
 
 
 def _parse(key: str, text: str) -> Any:
@@ -111,27 +104,46 @@ def _parse(key: str, text: str) -> Any:
     return text
 
 
+def by_encoder(rows: Sequence[Row], metric: str) -> dict[str, dict[tuple[int, int], Row]]:
+    """The rows of one metric as {encoder: {size: row}}, encoders as they come, sizes by area.
+
+    ValueError if no row has the metric, or if two rows claim one place (average them with `summarise` first).
+    """
+    found: dict[str, dict[tuple[int, int], Row]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            cells, size = found.setdefault(row["encoder"], {}), size_pair(row["size"])
+            if size in cells:
+                raise ValueError(f"two rows for {row['encoder']!r} at size {size_text(size)}; summarise them")
+            cells[size] = row
+    if not found:
+        known = ", ".join(dict.fromkeys(row["metric"] for row in rows)) or "none"
+        raise ValueError(f"no row has metric {metric!r}; the rows have: {known}")
+    return {name: {size: cells[size] for size in sorted(cells, key=_area)} for name, cells in found.items()}
+
+
+def _area(size: tuple[int, int]) -> tuple[int, int, int]:
+    return size[0] * size[1], *size
+
+
 def format_table(rows: Sequence[Row], metric: str, *, interval: bool = False) -> str:
     """Plain text: one line per encoder, one column per size (smallest first), "-" where nothing was measured.
 
-    ValueError if no row has the metric, or if two rows claim one cell (average them with `summarise` first).
+    ValueError as `by_encoder`.
     """
-    chosen = [row for row in rows if row["metric"] == metric]
-    if not chosen:
-        known = ", ".join(dict.fromkeys(row["metric"] for row in rows)) or "none"
-        raise ValueError(f"no row has metric {metric!r}; the rows have: {known}")
-    cells: dict[tuple[str, tuple[int, int]], str] = {}
-    for row in chosen:
-        place = (row["encoder"], size_pair(row["size"]))
-        if place in cells:
-            raise ValueError(f"two rows for {place[0]!r} at size {size_text(place[1])}; summarise them")
-        cells[place] = f"{row['value']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if interval else "")
-    sizes = sorted({size for _, size in cells}, key=lambda s: (s[0] * s[1], s))
+    found = by_encoder(rows, metric)
+    sizes = sorted({size for cells in found.values() for size in cells}, key=_area)
     lines = [[metric, *map(size_text, sizes)]]
-    for name in dict.fromkeys(name for name, _ in cells):
-        lines.append([name, *(cells.get((name, size), "-") for size in sizes)])
+    for name, cells in found.items():
+        lines.append([name, *(_number(cells.get(size), interval) for size in sizes)])
     first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([name.ljust(first), *(text.rjust(width) for text, width in zip(rest, widths, strict=True))])
         for name, *rest in lines
     )
+
+
+def _number(row: Row | None, interval: bool) -> str:
+    if row is None:
+        return "-"
+    return f"{row['value']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if interval else "")

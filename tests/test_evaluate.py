@@ -40,9 +40,7 @@ class Colours:
     def __init__(self, n: int, seed: int):
         g = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(n) * 2 // n
-        self.base = torch.randn(n, 3, generator=g) * 0.3 + (self.labels[:, None] * 2.0 - 1) * torch.tensor(
-            [1.0, -1, 0]
-        )
+        self.base = torch.randn(n, 3, generator=g) * 0.3 + (self.labels[:, None] * 2.0 - 1) * torch.tensor([1.0, -1, 0])
         self.asked: list[tuple] = []
 
     def __len__(self):
