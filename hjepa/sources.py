@@ -128,12 +128,13 @@ class FilePictures:
         shrink = self.detail / min(height, width)
         if shrink < 1:
             image = fit(image, round(height * shrink), round(width * shrink), fill=None)
+        image = image.contiguous()  # resizing rounds differently in other layouts: kept or not must be equal
         if image.numel() > self.free:
             self.free = 0
-            return image
-        self.free -= image.numel()
-        self.kept[index] = image.contiguous()
-        return self.kept[index]
+        else:
+            self.free -= image.numel()
+            self.kept[index] = image
+        return image
 
     def resized(self, indices: list[int], height: int, width: int) -> Tensor:
         images = torch.empty(len(indices), 3, height, width, dtype=torch.uint8)
