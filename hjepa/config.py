@@ -10,21 +10,17 @@ and `dict(config.model.rope)` gives plain keyword arguments. Source of the conta
 configs". Not covered: what the values do, which the modules that read them say.
 """
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .data import DATASETS
-from .model import DISTANCES, REGULARIZERS
 from .reading import nearest, parse_yaml, read_yaml
-from .rope import COORDINATES, KINDS, STRATEGIES
-from .tables import size_pair
+from .rules import check_values
 
 
 @dataclass
@@ -152,41 +148,6 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-AT_LEAST: dict[str, float] = {
-    **dict.fromkeys(["data.image_size", "data.limit", "masks.num_targets"], 1),
-    **dict.fromkeys([f"model.{key}" for key in ("patch_size", "embed_dim", "depth", "num_heads")], 1),
-    **dict.fromkeys([f"model.predictor.{key}" for key in ("embed_dim", "depth", "num_heads")], 1),
-    **dict.fromkeys([f"train.{key}" for key in ("steps", "batch_size", "accumulate", "threads")], 1),
-    **dict.fromkeys([f"train.{key}_every" for key in ("log", "eval", "checkpoint")], 1),
-    **dict.fromkeys([f"evaluate.{key}" for key in ("gallery", "queries", "knn_k")], 1),
-    **dict.fromkeys(["model.rope.jitter", "model.rope.rescale"], 1),
-    **dict.fromkeys(["model.rope.shift", "loss.regularizer_weight"], 0),
-    **dict.fromkeys([f"train.{key}" for key in ("min_lr", "weight_decay", "seed")], 0),
-    **dict.fromkeys(["train.warmup", "train.num_workers"], 0),
-}
-ABOVE_ZERO = (
-    "train.lr", "train.clip_grad", "model.rope.theta", "model.rope.theta_per_layer", "model.rope.fraction"
-)  # fmt: skip
-BETWEEN_0_AND_1 = ("model.rope.fraction", "train.ema_start", "train.ema_end", "data.color_jitter")
-INTERVALS = {  # pairs (smallest, largest), and the largest that is allowed
-    "data.crop_scale": 1.0,
-    "masks.target_scale": 1.0,
-    "masks.context_scale": 1.0,
-    "masks.target_aspect": math.inf,
-}
-CHOICES: dict[str, Sequence[str]] = {
-    "data.name": tuple(DATASETS),
-    "data.on_corrupt": ("error", "skip"),
-    "model.rope.kind": KINDS,
-    "model.rope.strategy": STRATEGIES,
-    "model.rope.coordinates": COORDINATES,
-    "loss.kind": DISTANCES,
-    "loss.regularizer": REGULARIZERS,
-    "train.mixed_precision": ("no", "bf16", "fp16"),
-    "evaluate.pool": ("mean", "pyramid"),
-}
-
-
 def default_config() -> Config:
     """The defaults, as a typed DictConfig."""
     return cast(Config, OmegaConf.structured(Config))
@@ -216,9 +177,17 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(OmegaConf.to_yaml(config, resolve=False), encoding="utf-8")
 
 
-def _keys(config: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        yield from _keys(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else (prefix + key,)
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf of nested dicts."""
+    for key, value in tree.items():
+        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def _values(config: Config) -> dict[str, Any]:
+    return dict(_flat(cast(dict, OmegaConf.to_container(cast(Any, config)))))
+
+
+KEYS = tuple(_values(default_config()))
 
 
 def _merge(config: Config, tree: Any, where: str, prefix: str = "") -> None:
@@ -242,10 +211,9 @@ def _is_name(key: str) -> bool:
 
 
 def _set(config: Config, key: str, value: Any, where: str) -> None:
-    known = list(_keys(config))
-    if key not in known:
-        inside = next((k for k in known if k.startswith(f"{key}.")), "")
-        hint = f"nearest: {nearest(key, known) or 'none'}"
+    if key not in KEYS:
+        inside = next((k for k in KEYS if k.startswith(f"{key}.")), "")
+        hint = f"nearest: {nearest(key, KEYS) or 'none'}"
         if inside:
             hint = f"it is a section; name a key in it, such as {inside}"
         raise ValueError(f"{where}: unknown key {key!r}; {hint}")
@@ -253,66 +221,15 @@ def _set(config: Config, key: str, value: Any, where: str) -> None:
         raise ValueError(f"{where}: {key}={value!r} holds '${{'; config values are never evaluated")
     try:
         OmegaConf.update(cast(Any, config), key, value)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where}: {key}={value!r} has the wrong type: {reason}") from None
 
 
 def check_config(config: Config) -> None:
-    """Refuse values that have the right type and make no sense.
+    """Refuse values that have the right type and make no sense; see `hjepa.rules`.
 
     Raises:
         ValueError: one line that names the key, its value and what is allowed.
     """
-    for key in _keys(config):
-        _check_number(key, OmegaConf.select(cast(Any, config), key))
-    for key, top in INTERVALS.items():
-        low_high = list(OmegaConf.select(cast(Any, config), key))
-        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] <= top:
-            raise ValueError(f"{key}={low_high} must be two numbers, 0 < smallest <= largest <= {top}")
-    for key, allowed in CHOICES.items():
-        value = OmegaConf.select(cast(Any, config), key)
-        if value not in allowed:
-            near = nearest(value, allowed) or "none"
-            raise ValueError(f"{key}={value!r} must be one of {', '.join(allowed)}; nearest: {near}")
-    _check_together(config)
-
-
-def _check_number(key: str, value: Any) -> None:
-    numbers = list(value) if isinstance(value, ListConfig) else [value]
-    for number in numbers:
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f"{key}={number} must be a finite number")
-        if number is None or isinstance(number, str | ListConfig):
-            continue
-        if number < AT_LEAST.get(key, number):
-            raise ValueError(f"{key}={number} must be at least {AT_LEAST[key]}")
-        if key in ABOVE_ZERO and number <= 0:
-            raise ValueError(f"{key}={number} must be above 0")
-        if key in BETWEEN_0_AND_1 and not 0 <= number <= 1:
-            raise ValueError(f"{key}={number} must be between 0 and 1")
-
-
-def _check_together(config: Config) -> None:
-    """Rules over several values."""
-    data, model, train = config.data, config.model, config.train
-    named = re.search(r"patch(\d+)", model.encoder_type)
-    patch = model.patch_size or (int(named[1]) if named else 1)
-    near = max(1, round(data.image_size / patch)) * patch
-    if data.image_size != near:
-        what = f"data.image_size={data.image_size} is not a multiple of the patch, {patch} pixels"
-        raise ValueError(f"{what}; nearest: {near}")
-    for name, part in (("model", model), ("model.predictor", model.predictor)):
-        if part.embed_dim and part.num_heads and part.embed_dim % part.num_heads:
-            heads = f"{name}.num_heads={part.num_heads}"
-            raise ValueError(f"{name}.embed_dim={part.embed_dim} is not divisible by {heads}")
-    if train.ema_end < train.ema_start:
-        raise ValueError(f"train.ema_end={train.ema_end} must not be below train.ema_start={train.ema_start}")
-    if train.batch_size % train.accumulate:
-        parts = f"train.accumulate={train.accumulate}"
-        raise ValueError(f"train.batch_size={train.batch_size} is not divisible by {parts}")
-    weights = list(model.level_weights)
-    if not 1 <= len(weights) <= 4 or min(weights) < 0 or not sum(weights):
-        raise ValueError(f"model.level_weights={weights} must be 1 to 4 numbers >= 0, not all 0")
-    for size in config.evaluate.sizes:
-        size_pair(size)
+    check_values(_values(config))

@@ -1,0 +1,52 @@
+# Everything runs in .venv, which the first target that needs it makes.
+#   make PYTHON=python3.12 tour     another Python (3.11 to 3.13)
+#   make tour QUICK=1 DATA=fashion_mnist
+#   make test WORKERS=4 ARGS="-k rope"
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+DATA ?= openmoji
+QUICK ?=
+ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+HYGIENE := --keep-output --keep-count --keep-id \
+	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
+
+.DEFAULT_GOAL := help
+.PHONY: help env tour lab test lint bench site
+
+help:  ## this list
+	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(READY)  ## make .venv, or bring it up to date with pyproject.toml
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
+	sys.exit(None if ok else f"{sys.executable} is Python {sys.version.split()[0]}; 3.11 to 3.13 is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+tour: $(READY)  ## the main job: two small models, image sizes never trained on; QUICK=1 for a short one
+	$(BIN)/hjepa tour --data $(DATA) $(if $(QUICK),--quick)
+
+lab: $(READY)  ## JupyterLab on this machine only, with a token
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=$(CURDIR) \
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
+
+test: $(READY)  ## the tests, and every notebook compared with its saved outputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout 300 \
+		--numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(READY)  ## style, types, notebooks without stray metadata
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/nbstripout --verify $(HYGIENE) notebooks/*.ipynb
+
+bench: $(READY)  ## time the package against its peers
+	$(BIN)/python -m benchmarks $(ARGS)
+
+site: $(READY)  ## build the site into docs/_build/html
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html

@@ -1,0 +1,197 @@
+"""Configs: what a file says is what is read, and whatever is wrong gets one line that names the right thing."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+import hjepa.config
+from hjepa.config import Config, default_config, load_config, save_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    return path
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+ALL = dict(leaves(OmegaConf.to_container(default_config())))
+
+
+def test_absent_keys_keep_their_defaults(tmp_path):
+    config = load_config(write(tmp_path, "model:\n  rope:\n    theta: 100\ntrain:\n"))
+    changed = {key: value for key, value in leaves(OmegaConf.to_container(config)) if value != ALL[key]}
+    assert changed == {"model.rope.theta": 100.0}
+
+
+def test_a_config_without_rope_has_rope_off(tmp_path):
+    assert load_config(write(tmp_path, "model: {depth: 2}")).model.rope.use_rope is False
+    assert load_config(write(tmp_path, "")).model.rope.use_rope is False
+    assert load_config(CONFIGS / "default.yaml").model.rope.use_rope is False
+    assert load_config(CONFIGS / "rope_experiment.yaml").model.rope.use_rope is True
+
+
+def test_later_overrides_win_over_earlier_ones_and_over_the_file(tmp_path):
+    path = write(tmp_path, "train: {steps: 5, lr: 1e-2}")
+    config = load_config(path, ["train.steps=6", "train.steps=7", "train.mixed_precision=no", "data.path=null"])
+    assert (config.train.steps, config.train.lr, config.train.mixed_precision) == (7, 0.01, "no")
+    assert config.data.path is None
+
+
+def test_saved_config_is_read_back_equal_and_holds_every_key(tmp_path):
+    config = load_config(CONFIGS / "rope_experiment.yaml", ["train.lr=3e-05", "evaluate.sizes=[32, 48x96]"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert set(dict(leaves(OmegaConf.to_container(OmegaConf.load(tmp_path / "saved.yaml"))))) == set(ALL)
+
+
+def test_a_typo_in_code_raises():
+    with pytest.raises(AttributeError):
+        _ = default_config().train.step  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("key", sorted(ALL))
+def test_every_key_can_be_set_and_only_that_key_changes(key):
+    config = default_config()
+    other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.125, str: lambda v: v + "x"}
+    before = ALL[key]
+    value = 1 if before is None and "theta" not in key and "path" not in key else before
+    value = "x" if key == "data.path" else [2.0] if key.endswith("theta_per_layer") else value
+    if before is not None:
+        value = [*before, before[-1]] if isinstance(before, list) else other[type(before)](before)
+    hjepa.config._set(config, key, value, "test")
+    changed = {k: v for k, v in leaves(OmegaConf.to_container(config)) if v != ALL[k]}
+    assert changed == {key: value}
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("model.rope.thet=3", "unknown key 'model.rope.thet'; nearest: model.rope.theta"),
+        ("theta=3", "nearest: model.rope.theta"),
+        ("trian.steps=3", "nearest: train.steps"),
+        ("train=3", "it is a section"),
+        ("train.steps.x=3", "unknown key"),
+        ("=3", "unknown key ''"),
+        ("train.steps", "is not of the form key=value"),
+        ("train.steps=many", "train.steps='many' has the wrong type"),
+        ("train.steps=1.5", "has the wrong type"),
+        ("train.steps=true", "has the wrong type"),
+        ("train.steps=null", "has the wrong type"),
+        ("train.steps=[1]", "has the wrong type"),
+        ("data.crop_scale=0.5", "has the wrong type"),
+        ("data.flip=3.5", "has the wrong type"),
+        ("data.path=${oc.env:HOME}", "never evaluated"),
+        ("evaluate.sizes=[32, '${x}']", "never evaluated"),
+        ("train.steps=0", "train.steps=0 must be at least 1"),
+        ("train.lr=0", "train.lr=0.0 must be above 0"),
+        ("train.lr=.nan", "train.lr=nan must be a finite number"),
+        ("train.lr=.inf", "must be a finite number"),
+        ("train.steps=1" + "0" * 400, "must be a finite number, at most"),
+        ("data.image_size=1" + "0" * 400, "must be a finite number, at most"),
+        ("model.rope.theta=-1", "must be above 0"),
+        ("model.rope.theta_per_layer=[1, -1]", "must be above 0"),
+        ("model.rope.fraction=1.5", "must be between 0 and 1"),
+        ("model.rope.jitter=0.5", "must be at least 1"),
+        ("model.rope.kind=axail", "must be one of axial, mixed; nearest: axial"),
+        ("model.rope.strategy=extrapolat", "nearest: extrapolate"),
+        ("data.name=fashion-mnist", "nearest: fashion_mnist"),
+        ("loss.kind=l1", "must be one of smooth_l1, mse"),
+        ("data.image_size=60", "60 is not a multiple of the patch, 8 pixels; nearest: 64"),
+        ("data.image_size=3", "nearest: 8"),
+        ("model.num_heads=5", "model.embed_dim=96 is not divisible by model.num_heads=5"),
+        ("model.predictor.num_heads=5", "model.predictor.embed_dim=96 is not divisible"),
+        ("data.crop_scale=[0.5]", "must be two numbers"),
+        ("data.crop_scale=[0.9, 0.5]", "smallest <= largest"),
+        ("masks.target_scale=[0, 0.5]", "0 < smallest"),
+        ("masks.context_scale=[0.5, 1.5]", "largest <= 1"),
+        ("train.ema_start=1.0 ", None),
+        ("train.ema_end=0.5", "train.ema_end=0.5 must not be below train.ema_start=0.99"),
+        ("train.accumulate=3", "train.batch_size=64 is not divisible by train.accumulate=3"),
+        ("model.level_weights=[]", "must be 1 to 4 numbers"),
+        ("model.level_weights=[0, 0]", "not all 0"),
+        ("evaluate.sizes=[a]", "image size 'a' is not understood"),
+    ],
+)
+def test_wrong_overrides_get_one_line_with_the_right_thing(override, reason):
+    if reason is None:
+        assert load_config(overrides=[override])
+        return
+    with pytest.raises(ValueError) as caught:
+        load_config(overrides=[override])
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- 1", "the file must hold keys with values"),
+        ("5", "the file must hold keys with values"),
+        ("model: 3", "some.yaml: model must hold keys with values, not 3"),
+        ("model: {rope: [1]}", "model.rope must hold keys"),
+        ("model: {ropee: {theta: 3}}", "unknown key 'model.ropee'; nearest: model.rope"),
+        ("train: {stepz: 3}", "some.yaml: unknown key 'train.stepz'; nearest: train.steps"),
+        ("1: 2", "unknown key '1'"),
+        ("'a b': 2", "unknown key 'a b'"),
+        ("'train..steps': 2", "unknown key"),
+        ("train.steps: 2", None),
+        ("train: {steps: '${oc.env:HOME}'}", "never evaluated"),
+        ("train: {steps: 1, steps: 2}", "doubled key 'steps'"),
+    ],
+)
+def test_wrong_files_are_named_with_the_key(tmp_path, text, reason):
+    path = write(tmp_path, text)
+    if reason is None:
+        assert load_config(path).train.steps == 2
+        return
+    with pytest.raises(ValueError) as caught:
+        load_config(path)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_image_size_follows_the_encoder_types_own_patch():
+    with pytest.raises(ValueError, match="multiple of the patch, 16 pixels"):
+        load_config(overrides=["model.patch_size=null", "data.image_size=72"])
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(
+    ["${x}", "32", "no", [1], [0.5, 1.0], {"a": 1}, {}, [], 10**400, 10**30, "axial", ["48x96"], [[1, 2]]]
+)  # fmt: skip
+NAMES = st.sampled_from([*ALL, *(k.split(".")[0] for k in ALL), "model.rope"]) | st.text(max_size=8)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES, max_size=2), max_size=3))
+def test_any_tree_gives_a_config_or_a_value_error_of_one_line(tree):
+    config = default_config()
+    try:
+        hjepa.config._merge(config, tree, "fuzz")
+        hjepa.config.check_config(config)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert OmegaConf.to_yaml(config, resolve=False)
+
+
+def test_every_field_says_what_it_is():
+    lines = Path(hjepa.config.__file__).read_text().splitlines()
+
+    def check(section):
+        for field in fields(section):
+            if is_dataclass(field.type):
+                check(field.type)
+            else:
+                own = [line for line in lines if line.startswith(f"    {field.name}: ")]
+                assert own and all("  # " in line for line in own), field.name
+
+    check(Config)
