@@ -5,13 +5,13 @@ Data flows one way, and so do imports; each line is a module, top to bottom:
     openmoji imagefiles sources data   pictures by name, at any image size
     masks                              patch grid -> context_idx, target_idx per level
     frequencies rope                   positions -> frequencies -> rotation table
-    attention vit encoders             timm attention rotated; ContextEncoder, TargetEncoder
+    attention vit checks encoders      timm attention rotated; ContextEncoder, TargetEncoder
     predictor model                    queries (level, position) -> features; HJEPA and its loss
     reading tables rules config        YAML -> typed configuration
     schedule build                     config -> model, pictures and masks of step t
     storage checkpoint                 weights on disk, plain timm exports
     metrics evaluate                   frozen features -> kNN, probe, retrieval, rank at any size
-    runlog train                       the training loop
+    runlog train                       the training loop: hjepa.train.train
     runs notebooks sweep tour          notebooks over grids of parameters, fresh folders
     plots cli                          data in, matplotlib Axes out; the command line
 
@@ -34,7 +34,6 @@ _HOME = {
     "sample_masks": "masks",
     "load_data": "data",
     "load_config": "config",
-    "train": "train",
     "load_run": "checkpoint",
     "resolution_transfer": "evaluate",
 }
