@@ -25,7 +25,7 @@ def test_lr_rises_then_falls_and_never_leaves_its_range():
     values = [lr_at(step, **CURVE) for step in range(CURVE["steps"])]
     peak = values.index(max(values))
     assert values[: peak + 1] == sorted(values[: peak + 1]) and values[peak:] == sorted(values[peak:], reverse=True)
-    assert 0 < min(values) and max(values) == CURVE["lr"] and values[-1] > CURVE["min_lr"]
+    assert min(values) > 0 and max(values) == CURVE["lr"] and values[-1] > CURVE["min_lr"]
 
 
 def test_warmup_longer_than_training_only_rises():
@@ -65,7 +65,7 @@ def test_processes_and_micro_batches_share_the_global_batch_exactly(processes, a
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does():
-    with pytest.raises(ValueError, match="batch_size=10 .* 2 x 3; nearest: 12"):
+    with pytest.raises(ValueError, match=r"batch_size=10 .* 2 x 3; nearest: 12"):
         share(10, micro=0, accumulate=2, rank=0, processes=3)
 
 
