@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 Row = dict[str, Any]
 MEASURED = ("value", "low", "high", "n", "interval")  # every other key of a row says what was measured
@@ -68,7 +67,9 @@ def _average(members: list[Row], over: str, interval: str, level: float) -> Row:
     elif interval == "range":
         low, high = float(values.min()), float(values.max())
     else:
-        half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+        from scipy.special import stdtrit  # here, because the command line reads this module before it prints help
+
+        half = float(stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(n))
         low, high = mean - half, mean + half
     return {**setting, "value": mean, "low": low, "high": high, "n": n, "interval": interval}
 

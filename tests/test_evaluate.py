@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hjepa.encoders import create_encoder
 from hjepa.evaluate import (
     _narrow,
     effective_rank,
@@ -240,3 +241,18 @@ def test_narrowed_wide_features_keep_rank_and_cka():
     assert _narrow(x).shape == (20, 20)
     assert effective_rank(_narrow(x)) == pytest.approx(effective_rank(x), rel=1e-6)
     assert linear_cka(_narrow(x), _narrow(y)) == pytest.approx(linear_cka(x, y), rel=1e-6)
+
+
+def test_strategies_of_a_real_encoder_differ_only_away_from_its_training_size():
+    torch.manual_seed(0)
+    vit = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    encoder, _ = create_encoder(
+        "vit_tiny_patch16_224", 32, use_rope=True, rope_theta=100.0, use_absolute=False, vit=vit
+    )
+    views = {"plain": encoder, "stretched": with_strategy(encoder, "interpolate")}
+    for size, same in [((32, 32), True), ((64, 64), False), ((32, 64), False)]:
+        images = torch.randn(4, 3, *size)
+        x, y = (encode(view, images, pool="pyramid") for view in views.values())
+        assert x.shape == (4, 5 * 32)
+        assert torch.allclose(x, y, atol=1e-5) is same
+    assert encoder.rope.strategy == "extrapolate"
