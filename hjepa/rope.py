@@ -127,7 +127,7 @@ class VisionRoPE2D(nn.Module):
     @property
     def theta(self) -> float:
         """The (first layer's) base now, learned or given."""
-        return self.thetas[0] if self.log_theta is None else float(self.log_theta[0].exp())
+        return self.thetas[0] if self.log_theta is None else float(self.log_theta.detach()[0].exp())
 
     @property
     def per_layer(self) -> bool:
