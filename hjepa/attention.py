@@ -1,75 +1,108 @@
 """RoPEAttentionWrapper: timm's self-attention with queries and keys rotated, its parameters and their names untouched.
 
-The wrapper computes what timm's `Attention.forward` computes (fused or not, q/k norms, output norm, gate, dropout,
-masks) with one step more: after the qkv projection the patch rows of q and k are turned by a table of cosines and
-sines. Prefix tokens (CLS, registers, distillation) have no place on the grid and are not turned.
+`attend` computes what timm's `Attention.forward` computes (fused or not, q/k norms, output norm, gate, dropout, masks)
+with one step more: after the qkv projection the patch rows of q and k are turned by a table of cosines and sines.
+Prefix tokens (CLS, registers, distillation) have no place on the grid and are not turned.
 
-The layout. The projection's output is one buffer, a row per token:
+The rotation overwrites the projection's output (`rotation.py` says why that is cheap). Where that output is not ours
+alone (hooks or another module than nn.Linear on the projection), or a norm stands in between, or the table itself is
+learned, or a compiler looks on, it is out of place, with the same values.
 
-    [ q head 0 | q head 1 | .. | k head 0 | k head 1 | .. | v head 0 | .. ]      3 * heads * D numbers
-      (x0 x1)(x2 x3)..           a pair of channels is one complex number x0 + i x1
-
-Turning a pair by an angle is one complex product, so float32 q and k are rotated where they lie by a single in-place
-multiplication of the buffer's first two thirds: no copy, no concatenation, nothing saved for backward but the table
-that all layers share. The backward pass is the product with the conjugate table. Where the buffer is not ours alone
-(hooks or another module than nn.Linear on the projection), or the dtype is not float32, or a norm stands in between,
-or the table itself is learned, the out-of-place `rope.rotate` gives the same values.
+Half precision on a CPU: the projections are then twice as fast, but torch's attention is not faster than in float32,
+and its backward pass is up to ten times slower on short sequences. So `attend` widens q, k and v to float32 in
+between, which also makes the rotation exact; `PlainAttention` is timm's attention with that one change, for layers
+without RoPE.
 
 Not covered: cross-attention, causal masks, timm's own AttentionRope (already rotary).
 """
 
-from typing import Any
+from contextlib import nullcontext
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from timm.layers import Attention
+from .rope import VisionRoPE2D
+from .rotation import rotate_behind_prefix, rotated_heads, split_heads
 
-from .rope import VisionRoPE2D, rotate
-
-
-def _as_complex(qkv: Tensor, table: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Views: the patch rows of q and k `[B, N, 2, heads, D / 2]`, and the table `[1 or B, N, 1, heads or 1, D / 2]`."""
-    pairs = table.shape[-2]
-    width = qkv.shape[-1] // 3
-    rows = qkv[:, prefix:, : 2 * width].unflatten(-1, (2, width // (2 * pairs), pairs, 2))
-    return torch.view_as_complex(rows), torch.view_as_complex(table)[:, :, None]
+HALF = (torch.bfloat16, torch.float16)
 
 
-class _RotateInPlace(torch.autograd.Function):
-    """Rotate the patch rows of q and k in a fresh qkv buffer `[B, prefix + N, 3 * heads * D]`; inverse: the conjugate."""
+def attend(
+    attn: Attention,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    table: Tensor | None = None,
+    prefix: int = 0,
+    training: bool = False,
+) -> Tensor:
+    """What `attn` makes of `x` `[B, prefix + N, C]`, q and k turned by `table` `[1 or B, N, heads or 1, D / 2, 2]`."""
+    q, k, v, dtype = heads(attn, x, table, prefix)
+    with torch.autocast("cpu", enabled=False) if dtype in HALF and q.dtype not in HALF else nullcontext():
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(q.dtype)
+        if attn.fused_attn:
+            dropout = attn.attn_drop.p if training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        else:
+            out = attn.attn_drop(weights(q, k, attn.scale, attn_mask)) @ v
+    out = attn.norm(out.transpose(1, 2).flatten(2).to(dtype))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
 
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, table: Tensor, prefix: int) -> Tensor:
-        rows, turn = _as_complex(qkv, table, prefix)
-        rows.mul_(turn)
-        ctx.mark_dirty(qkv)
-        ctx.save_for_backward(table)
-        ctx.prefix = prefix
-        return qkv
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (table,) = ctx.saved_tensors
-        conjugate = table * table.new_tensor([1.0, -1.0])
-        return _RotateInPlace.apply(grad.clone(memory_format=torch.contiguous_format), conjugate, ctx.prefix), None, None
+def heads(
+    attn: Attention, x: Tensor, table: Tensor | None = None, prefix: int = 0
+) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """Normed and rotated q and k, and v, `[B, heads, prefix + N, D]`; last the dtype before widening."""
+    qkv = attn.qkv(x)
+    dtype, ours = qkv.dtype, _is_ours(attn.qkv, qkv)
+    widen = dtype in HALF and qkv.device.type == "cpu"
+    normed = not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity))
+    if widen and not normed:
+        qkv, ours = qkv.to(torch.float32, memory_format=torch.contiguous_format), not torch.compiler.is_compiling()
+    if table is not None and ours and not normed and not table.requires_grad:
+        return *rotated_heads(qkv, table, prefix), dtype
+    q, k, v = split_heads(qkv, attn.head_dim)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if widen:
+        q, k, v = q.float(), k.float(), v.float()
+    if table is not None:
+        q, k = (rotate_behind_prefix(part, table.transpose(1, 2), prefix) for part in (q, k))
+    return q, k, v, dtype
 
 
-def rotate_qkv_(qkv: Tensor, table: Tensor, prefix: int = 0) -> Tensor:
-    """Rotate q and k inside `qkv`, in place, and return it.
+def _is_ours(linear: nn.Module, qkv: Tensor) -> bool:
+    """Whether `qkv` may be overwritten: not half, made this instant by a plain Linear, seen by no hook or compiler."""
+    if torch.compiler.is_compiling() or qkv.dtype in HALF or qkv.device.type not in ("cpu", "cuda"):
+        return False
+    hooked = linear._forward_hooks or torch_module._global_forward_hooks
+    plain = type(linear) is nn.Linear and "forward" not in linear.__dict__
+    return plain and not hooked and qkv.is_contiguous()
 
-    Args:
-        qkv: `[B, prefix + N, 3 * heads * D]` float32, contiguous, held by nobody else.
-        table: `[1 or B, N, heads or 1, D / 2, 2]` float32 (cosine, sine), needing no gradient.
-        prefix: number of leading tokens left alone.
-    """
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        return _RotateInPlace.apply(qkv, table, prefix)
-    rows, turn = _as_complex(qkv, table, prefix)
-    rows.mul_(turn)
-    return qkv
+
+def weights(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T), masked as in timm: `[B, heads, T, T]`, rows sum to one."""
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if attn_mask is not None:
+        hides = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if hides else scores + attn_mask
+    return scores.softmax(dim=-1)
+
+
+class PlainAttention(Attention):
+    """timm's attention, bit for bit, but for half precision on a CPU, where it is `attend`."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """As timm's, on `x` `[B, T, C]`."""
+        half = x.dtype in HALF or torch.is_autocast_enabled("cpu")
+        if is_causal or x.device.type != "cpu" or not half:
+            return super().forward(x, attn_mask, is_causal)
+        return attend(self, x, attn_mask, training=self.training)
 
 
 class RoPEAttentionWrapper(nn.Module):
@@ -94,7 +127,7 @@ class RoPEAttentionWrapper(nn.Module):
 
     def __init__(self, attn: nn.Module, rope: VisionRoPE2D, layer: int = 0, num_prefix_tokens: int = 1) -> None:
         super().__init__()
-        if type(attn) is not Attention:
+        if type(attn) not in (Attention, PlainAttention):
             raise ValueError(
                 f"cannot rotate {type(attn).__name__}: RoPEAttentionWrapper takes timm.layers.Attention "
                 "(wrapped already, or rotary by itself, it needs no wrapper)"
@@ -117,36 +150,18 @@ class RoPEAttentionWrapper(nn.Module):
         """
         if is_causal:
             raise ValueError("is_causal=True has no meaning on a 2-D grid")
-        batch, tokens, _ = x.shape
-        q, k, v = self._rotated_qkv(x, self._check_table(table, tokens, x.device))
-        attn = self.attn
-        if attn.fused_attn:
-            dropout = attn.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-        else:
-            out = attn.attn_drop(self._weights(q, k, attn_mask)) @ v
-        out = attn.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
-        if attn.gate is not None:
-            out = out * attn.gate(x).sigmoid()
-        return attn.proj_drop(attn.proj(out))
+        table = self._check_table(table, x)
+        return attend(self.attn, x, attn_mask, table=table, prefix=self.num_prefix_tokens, training=self.training)
 
     def attention_weights(self, x: Tensor, attn_mask: Tensor | None = None, *, table: Tensor | None = None) -> Tensor:
         """The weights `[B, heads, prefix + N, prefix + N]` that `forward` would use on `x`, without dropout."""
-        q, k, _ = self._rotated_qkv(x, self._check_table(table, x.shape[1], x.device))
-        return self._weights(q, k, attn_mask)
+        q, k, _, _ = heads(self.attn, x, self._check_table(table, x), self.num_prefix_tokens)
+        return weights(q, k, self.attn.scale, attn_mask)
 
-    def _weights(self, q: Tensor, k: Tensor, attn_mask: Tensor | None) -> Tensor:
-        scores = (q * self.attn.scale) @ k.transpose(-2, -1)
-        if attn_mask is not None:
-            scores = (
-                scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
-            )
-        return scores.softmax(dim=-1)
-
-    def _check_table(self, table: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    def _check_table(self, table: Tensor | None, x: Tensor) -> Tensor:
         if table is None:
-            table = self.rope.table(self.rope.grid_size, self.layer, device=device)
-        patches = tokens - self.num_prefix_tokens
+            table = self.rope.table(self.rope.grid_size, self.layer, device=x.device)
+        patches = x.shape[1] - self.num_prefix_tokens
         if table.shape[1] != patches:
             raise ValueError(
                 f"{patches} patch tokens (after {self.num_prefix_tokens} prefix) but positions for {table.shape[1]}: "
@@ -154,34 +169,14 @@ class RoPEAttentionWrapper(nn.Module):
             )
         return table
 
-    def _rotated_qkv(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        attn, prefix = self.attn, self.num_prefix_tokens
-        plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
-        qkv = attn.qkv(x)
-        in_place = plain and self._owns(qkv, table)
-        if in_place:
-            qkv = rotate_qkv_(qkv, table, prefix)
-        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        if in_place:
-            return q, k, v
-        turn = table.transpose(1, 2)
-        return _rotate_rows(attn.q_norm(q), turn, prefix), _rotate_rows(attn.k_norm(k), turn, prefix), v
-
-    def _owns(self, qkv: Tensor, table: Tensor) -> bool:
-        """Whether `qkv` may be overwritten: float32, made this instant by a plain Linear, seen by no hook."""
-        if torch.compiler.is_compiling() or qkv.dtype != torch.float32 or table.requires_grad:
-            return False
-        linear = self.attn.qkv
-        hooked = linear._forward_hooks or torch_module._global_forward_hooks
-        ours = type(linear) is nn.Linear and "forward" not in linear.__dict__
-        return ours and not hooked and qkv.is_contiguous()
-
     def extra_repr(self) -> str:
         return f"layer={self.layer}, num_prefix_tokens={self.num_prefix_tokens}"
 
 
-def _rotate_rows(x: Tensor, table: Tensor, prefix: int) -> Tensor:
-    """Rotate `x` `[B, heads, prefix + N, D]` behind its prefix."""
-    if prefix == 0:
-        return rotate(x, table)
-    return torch.cat((x[:, :, :prefix], rotate(x[:, :, prefix:], table)), dim=2)
+def _hooked(module: nn.Module) -> bool:
+    """Whether anybody is handed the module's output, or its gradient."""
+    return any((
+        module._forward_hooks, module._backward_hooks, module._backward_pre_hooks,
+        torch_module._global_forward_hooks, torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    ))  # fmt: skip
