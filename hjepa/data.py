@@ -143,9 +143,8 @@ def _seeded(seed: int) -> Iterator[None]:
     """Torch's CPU random numbers start from `seed` (any integer) inside, and go on as before outside."""
     generator = torch.default_generator  # torch.manual_seed would also reset every GPU
     before = generator.get_state()
-    mixed = (
-        seed * 0x9E3779B97F4A7C15 % 2**64 >> 32
-    )  # torch uses the lower 32 bits only: let all 64 reach them
+    # Torch uses the lower 32 bits of a seed only; the product lets all 64 reach the upper half, which we take.
+    mixed = seed * 0x9E3779B97F4A7C15 % 2**64 >> 32
     generator.manual_seed(mixed)
     try:
         yield
