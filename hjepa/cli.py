@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run([word for word in argv if word != "--traceback"])
     except KeyboardInterrupt:
-        print("hjepa: stopped", file=sys.stderr)
+        _say("hjepa: stopped")
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,8 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours = isinstance(error, MISTAKES) or type(error).__module__.startswith("hjepa")
         if show or not ours:
             raise
-        print(f"hjepa: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"hjepa: error: {' '.join(str(error).split())}")
         return 2 if isinstance(error, MISTAKES) else 1
+
+
+def _say(line: str) -> None:
+    """A line on stderr, after ending progress bars that the error left open in the middle of theirs."""
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.close()
+    print(line, file=sys.stderr)
 
 
 def _run(argv: list[str]) -> int:

@@ -85,9 +85,9 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """The known name most like `name`, by the whole or by its last dotted part; "" when none is near."""
-    names = list(known)
+    name, names = str(name), list(known)
     whole = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     if whole:
         return whole[0]

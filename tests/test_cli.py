@@ -1,0 +1,168 @@
+"""The command line: a mistake is one line and 2, a failure one line and 1, Ctrl-C one line and 130."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hjepa import cli
+from hjepa.checkpoint import load_run
+from hjepa.cli import main
+from hjepa.runs import hold
+from hjepa.tables import rows_from_csv
+
+SMALL = [
+    "train.steps=2", "train.batch_size=8", "train.threads=1", "data.limit=32", "model.depth=1",
+    "model.embed_dim=32", "model.num_heads=2", "model.predictor.embed_dim=32", "model.predictor.depth=1",
+    "model.predictor.num_heads=2", "evaluate.gallery=40", "evaluate.queries=20", "evaluate.sizes=[64]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "rope"
+    words = ["train", "model.rope.use_rope=true", "--run", str(folder), *SMALL]
+    assert main(words) == 0
+    return folder
+
+
+def error_of(words, capsys, code=2):
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == code
+    text = capsys.readouterr().err.splitlines()[-1]
+    assert text.startswith("hjepa: error: ")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "trian is not one of train, evaluate, export, sweep, tour; nearest: train"),
+        (["train", "--confg", "x"], "unrecognized arguments: --confg"),
+        (["train", "x"], "override 'x' is not of the form key=value"),
+        (["train", "--resume"], "--resume needs --run"),
+        (["train", "--config", "nope.yaml"], "nope.yaml does not exist"),
+        (["train", "train.stps=3"], "nearest: train.steps"),
+        (["train", "data.name=imagefolder", "data.path=nowhere"], "nowhere"),
+        (["evaluate"], "the following arguments are required: --run"),
+        (["evaluate", "--run", "nowhere"], "nowhere is not a run"),
+        (["evaluate", "--run", "x", "--which", "targt"], "targt is not one of target, context; nearest: target"),
+        (["export", "nowhere", "out"], "nowhere is not a run"),
+        (["export", "nowhere"], "the following arguments are required: OUT"),
+        (["sweep", "nope.yaml"], "nope.yaml does not exist"),
+        (["sweep"], "the following arguments are required: FILE"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(words, reason, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert reason in err and err.startswith("hjepa: error: ") and err.count("\n") == 1 and out == ""
+
+
+def test_train_takes_overrides_before_and_after_options(run):
+    encoder, config = load_run(run)
+    assert config.model.rope.use_rope and config.train.steps == 2 and encoder.embed_dim == 32
+
+
+def test_train_refuses_a_folder_that_holds_a_run_or_is_in_use(run, tmp_path, capsys):
+    assert "already holds a run" in error_of(["train", "--run", run, *SMALL], capsys)
+    with hold(tmp_path / "busy"):
+        assert "is in use by another run" in error_of(["train", "--run", tmp_path / "busy", *SMALL], capsys)
+
+
+def test_resume_reads_the_runs_own_config(run, capsys):
+    assert main(["train", "--run", str(run), "--resume"]) == 0
+    assert "steps                    2" in capsys.readouterr().out
+    assert "train.lr" in error_of(["train", "--run", run, "--resume", "train.lr=0.5"], capsys)
+
+
+def test_train_without_a_folder_makes_a_fresh_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["train", *SMALL]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_several_processes_need_a_named_folder(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "name the folder: --run FOLDER" in error_of(["train"], capsys)
+
+
+def test_evaluate_reads_the_same_weights_under_each_strategy(run, tmp_path, capsys):
+    words = ["evaluate", "--run", str(run), "--sizes", "32,48x96", "--strategy", "extrapolate,interpolate"]
+    assert main([*words, "--out", str(tmp_path / "e.csv")]) == 0
+    rows = rows_from_csv(tmp_path / "e.csv")
+    names = ["rope extrapolate", "rope interpolate", "random init", "raw pixels"]
+    assert list(dict.fromkeys(row["encoder"] for row in rows)) == names
+    assert {row["size"] for row in rows} == {(64, 64), (32, 32), (48, 96)}
+    assert "probe" in capsys.readouterr().out
+    value = {(r["encoder"], r["size"], r["metric"]): r["value"] for r in rows}
+    for size, same in (((64, 64), True), ((48, 96), False)):
+        pair = [value[name, size, "cka"] for name in names[:2]], [value[n, size, "effective_rank"] for n in names[:2]]
+        assert (pair[0][0] == pair[0][1] and pair[1][0] == pair[1][1]) is same
+
+
+def test_evaluate_never_overwrites_its_table(run, capsys):
+    for _ in range(2):
+        assert main(["evaluate", "--run", str(run), "--sizes", "64"]) == 0
+    assert {p.name for p in run.glob("*.csv")} == {"log.csv", "evaluation.csv", "evaluation-2.csv"}
+
+
+def test_evaluate_says_what_is_wrong(run, capsys):
+    assert "nearest is 32" in error_of(["evaluate", "--run", run, "--sizes", "33"], capsys)
+    assert "'a' is not understood" in error_of(["evaluate", "--run", run, "--sizes", "32,a"], capsys)
+    assert "nearest: interpolate" in error_of(["evaluate", "--run", run, "--strategy", "interpolat"], capsys)
+    assert "same name" in error_of(["evaluate", "--run", run, "--run", run], capsys)
+
+
+def test_export_writes_timm_weights(run, tmp_path):
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert {"model.safetensors", "config.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_a_failed_training_is_one_line_and_exit_1(run, tmp_path, capsys):
+    words = ["train", "--run", tmp_path / "nan", *SMALL, "train.steps=9", "train.lr=1e17", "train.clip_grad=1e17",
+             "train.warmup=0"]  # fmt: skip
+    assert "the loss is" in error_of(words, capsys, code=1)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda _: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train"])
+
+
+def test_traceback_option_shows_where_a_mistake_was_found(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["train", "--traceback", "--config", str(tmp_path / "nope.yaml")])
+
+
+def _hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # jobs of a shell in the background start deaf to it
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path):
+    words = [sys.executable, "-m", "hjepa", "train", "--run", str(tmp_path / "r"), *SMALL, "train.steps=100000"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c)
+    until = time.time() + 120
+    while not (tmp_path / "r" / "log.csv").exists() and time.time() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.splitlines()[-1] == "hjepa: stopped" and "Traceback" not in err
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "{'torch', 'timm', 'papermill', 'matplotlib', 'numpy'}"
+    code = (
+        "import sys; from hjepa.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        f"except SystemExit: print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert done.stderr.strip() == "[]" and "--resume" in done.stdout
