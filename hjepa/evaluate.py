@@ -26,6 +26,7 @@ from .metrics import (
     knn_accuracy,
     linear_cka,
     linear_probe,
+    one_thread,
     probe_hits,
     retrieval_hits,
 )
@@ -251,12 +252,13 @@ def _encode_all(
 
 
 def _geometry(x: Tensor, x_home: Tensor, seed: int) -> dict[str, Interval]:
-    x, x_home = _narrow(x), _narrow(x_home)
-    return {
-        "effective_rank": jackknife_interval(lambda i: effective_rank(x[i]), len(x), seed=seed),
-        "feature_std": jackknife_interval(lambda i: feature_std(x[i]), len(x), seed=seed),
-        "cka": jackknife_interval(lambda i: linear_cka(x[i], x_home[i]), len(x), seed=seed),
-    }
+    with one_thread():
+        x, x_home = _narrow(x), _narrow(x_home)
+        return {
+            "effective_rank": jackknife_interval(lambda i: effective_rank(x[i]), len(x), seed=seed),
+            "feature_std": jackknife_interval(lambda i: feature_std(x[i]), len(x), seed=seed),
+            "cka": jackknife_interval(lambda i: linear_cka(x[i], x_home[i]), len(x), seed=seed),
+        }
 
 
 def _narrow(x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ value, see `linear_probe`), unbiased CKA.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,10 +22,23 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 Interval = tuple[float, float, float]  # value, low, high
 PCA_ABOVE, PCA_DIMS = 1024, 256  # the probe reduces features wider than the first number to the second
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small linear algebra on one thread: more only wait for each other, for minutes if the machine is busy."""
+    before = torch.get_num_threads()
+    with threadpool_limits(limits=1):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 # ---- readers: each returns one hit or miss per query
@@ -77,7 +91,7 @@ def linear_probe(features: Tensor, labels: Tensor, *, max_iter: int = 500) -> Pi
         kept = min(PCA_DIMS, len(features))
         steps.insert(1, PCA(kept, svd_solver="randomized", iterated_power=2, random_state=0))
     probe = make_pipeline(*steps)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return probe.fit(features.numpy(), labels.numpy())
 

@@ -15,6 +15,7 @@ from hjepa.metrics import (
     knn_accuracy,
     linear_cka,
     linear_probe,
+    one_thread,
     probe_hits,
     retrieval_hits,
 )
@@ -114,6 +115,18 @@ def test_probe_cut_short_leaks_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         linear_probe(x, y, max_iter=1)
+
+
+def test_number_of_threads_is_restored_also_on_errors():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise RuntimeError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_retrieval_finds_itself_and_nothing_when_rows_are_permuted():
