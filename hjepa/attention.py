@@ -80,9 +80,19 @@ def _is_ours(linear: nn.Module, qkv: Tensor) -> bool:
     """Whether `qkv` may be overwritten: not half, made this instant by a plain Linear, seen by no hook or compiler."""
     if torch.compiler.is_compiling() or qkv.dtype in HALF or qkv.device.type not in ("cpu", "cuda"):
         return False
-    hooked = linear._forward_hooks or torch_module._global_forward_hooks
+    if torch._C._are_functorch_transforms_active():
+        return False
     plain = type(linear) is nn.Linear and "forward" not in linear.__dict__
-    return plain and not hooked and qkv.is_contiguous()
+    return plain and not _hooked(linear) and qkv.is_contiguous()
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anybody is handed the module's output, or its gradient."""
+    return any((
+        module._forward_hooks, module._backward_hooks, module._backward_pre_hooks,
+        torch_module._global_forward_hooks, torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    ))  # fmt: skip
 
 
 def weights(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None = None) -> Tensor:
@@ -171,12 +181,3 @@ class RoPEAttentionWrapper(nn.Module):
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, num_prefix_tokens={self.num_prefix_tokens}"
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether anybody is handed the module's output, or its gradient."""
-    return any((
-        module._forward_hooks, module._backward_hooks, module._backward_pre_hooks,
-        torch_module._global_forward_hooks, torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
-    ))  # fmt: skip

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .rope import VisionRoPE2D
-from .vit import add_rope, run_block
+from .vit import add_rope, run_block, widen_half
 
 
 def sincos_positions(positions: Tensor, dim: int, theta: float = 10000.0) -> Tensor:
@@ -66,7 +66,7 @@ class Predictor(nn.Module):
         self.grid_size, self.num_prefix_tokens, self.use_absolute = grid_size, num_prefix_tokens, use_absolute
         self.embed = nn.Linear(encoder_dim, embed_dim)
         self.level_token = nn.Parameter(torch.empty(levels, embed_dim))
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, qkv_bias=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(widen_half(Block(embed_dim, num_heads, qkv_bias=True)) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, encoder_dim)
         self.apply(_init_weights)

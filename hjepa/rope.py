@@ -10,7 +10,7 @@ key sees only the difference of their positions. Everything else is a choice of 
 
 Sources: Su et al., "RoFormer", 2021, section 3.2; the axial form is Fang et al., "EVA-02", 2023, and Heo et al.
 
-Not covered: 1-D sequences and video. The in-place rotation of an attention's buffer is in `attention.py`.
+Not covered: 1-D sequences and video. How a table is applied, and why that is cheap, is in `rotation.py`.
 """
 
 import math
@@ -34,20 +34,9 @@ from .frequencies import (
     normalized,
     rescaled,
 )
+from .rotation import rotate
 
 CACHED_GRIDS = 8
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the channel pairs of `x` `[..., D]` by `table` `[..., D / 2, 2]` (cosine, sine), out of place.
-
-    The product of complex numbers x * (cos + i sin). Computed in float32 (float64 for float64) and returned in the
-    dtype of `x`; differentiable in both arguments.
-    """
-    work = x.double() if x.dtype == torch.float64 else x.float()
-    cos, sin = table.to(work.dtype).unbind(-1)
-    even, odd = work.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 class VisionRoPE2D(nn.Module):

@@ -12,10 +12,11 @@ import difflib
 from typing import Any
 
 import timm
+from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .attention import RoPEAttentionWrapper
+from .attention import PlainAttention, RoPEAttentionWrapper
 from .rope import VisionRoPE2D
 
 FIXED = ("img_size", "num_classes", "dynamic_img_size", "pretrained")  # arguments of timm that belong to the encoder
@@ -50,6 +51,8 @@ def build_vit(encoder_type: str, img_size: int | tuple[int, int], pretrained: bo
     if odd or len(vit.blocks) == 0:
         found = f"blocks of type {odd[0]}" if odd else "no blocks"
         raise ValueError(f"encoder_type={encoder_type!r} has {found}, only timm's plain Blocks fit")
+    for block in vit.blocks:
+        widen_half(block)
     return vit
 
 
@@ -90,6 +93,13 @@ def add_rope(block: Any, rope: VisionRoPE2D, layer: int, num_prefix_tokens: int)
     """Wrap the attention of a timm Block and let the block pass tables to it. Nothing is copied or renamed."""
     block.attn = RoPEAttentionWrapper(block.attn, rope, layer, num_prefix_tokens)
     block.__class__ = RotaryBlock
+
+
+def widen_half(block: Any) -> Any:
+    """Let a timm Block's attention run in float32 where its half precision is slow (see `attention.py`)."""
+    if type(block.attn) is Attention:
+        block.attn.__class__ = PlainAttention
+    return block
 
 
 def run_block(block: nn.Module, x: Tensor, table: Tensor | None, attn_mask: Tensor | None) -> Tensor:
