@@ -160,7 +160,8 @@ class _Encoder(nn.Module):
             return self.vit._pos_embed(x)
         tokens = [getattr(self.vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
         prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
-        return self.vit.pos_drop(torch.cat([*prefix, x.flatten(1, 2)], dim=1))
+        x = x.flatten(1, 2).to(self.vit.patch_embed.proj.weight.dtype)  # autocast narrows it: sum up in full precision
+        return self.vit.pos_drop(torch.cat([*prefix, x], dim=1))
 
     def _tables(
         self, batch: int, grid: tuple[int, int], index: Tensor | None, positions: Tensor | None, device: torch.device
