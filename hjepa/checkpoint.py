@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .build import build_encoders, encoder_arguments
+from .build import build_encoders, encoder_arguments, seeded
 from .config import Config, load_config
 from .encoders import ContextEncoder, TargetEncoder, create_encoder
 from .storage import (
@@ -70,11 +70,15 @@ def _load_run(run_dir: Path, which: str) -> tuple[Encoder, Config, dict[str, Any
     path = latest_checkpoint(run_dir)
     if path is None:
         raise FileNotFoundError(f"{run_dir} has no checkpoint")
-    encoder: Encoder = build_encoders(config)[WHICH.index(which) ^ 1]
+    encoder = _pick(build_encoders(config), which)
     prefix = f"{which}_encoder."
     weights = {k.removeprefix(prefix): t for k, t in read_weights(path / WEIGHTS).items() if k.startswith(prefix)}
     _load(encoder, weights, path / WEIGHTS)
     return encoder.eval(), config, read_state(path)
+
+
+def _pick(encoders: tuple[ContextEncoder, TargetEncoder], which: str) -> Encoder:
+    return encoders[0] if which == "context" else encoders[1]
 
 
 def _load(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -171,7 +175,8 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[Encoder, dict[str, Any]
         raise CheckpointError(f"{folder / CONFIG} is missing: not an export of hjepa") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder / CONFIG} has no 'hjepa' section: not an export of hjepa") from None
-    encoder: Encoder = create_encoder(**arguments)[WHICH.index(which) ^ 1]
+    with seeded(0):
+        encoder = _pick(create_encoder(**arguments), which)
     _load(encoder.vit, _drop_zero_table(encoder, read_weights(folder / WEIGHTS)), folder / WEIGHTS)
     if encoder.rope is not None and encoder.rope.state_dict():
         _load(encoder.rope, read_weights(folder / ROPE), folder / ROPE)
