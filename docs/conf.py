@@ -1,0 +1,26 @@
+"""Sphinx configuration: the guide, the executed notebooks as they are committed, and the API from docstrings."""
+
+import shutil
+from pathlib import Path
+
+HERE = Path(__file__).parent
+for source, target in ((HERE.parent / "notebooks", HERE / "notebooks"), (HERE.parent / "results", HERE / "results")):
+    shutil.rmtree(target, ignore_errors=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+
+project = "hjepa"
+author = "hjepa authors"
+copyright = "hjepa authors, MIT licence"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+nb_execution_mode = "off"  # the outputs are committed, and `make test` compares them
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+napoleon_google_docstring = True
+html_theme = "furo"
+html_title = "hjepa"
+suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"]
