@@ -101,7 +101,7 @@ class _Run:
         """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
         options = self.config.train
         self.plain = build_model(self.config)
-        optimizer = torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr)
+        optimizer = torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr, fused=True)
         state: dict[str, Any] = {"step": 0, "extra": {}}
         if self.last_good:
             state = load_checkpoint(self.last_good, self.plain, optimizer)
