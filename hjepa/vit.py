@@ -22,7 +22,9 @@ from .rope import VisionRoPE2D
 FIXED = ("img_size", "num_classes", "dynamic_img_size", "pretrained")  # arguments of timm that belong to the encoder
 
 
-def build_vit(encoder_type: str, img_size: int | tuple[int, int], pretrained: bool = False, **overrides: Any) -> Any:
+def build_vit(
+    encoder_type: str, img_size: int | tuple[int, int], pretrained: bool = False, /, **overrides: Any
+) -> VisionTransformer:
     """A timm VisionTransformer without classifier that takes any image size. `overrides` are timm's own arguments.
 
     Without a class token timm would pool by the mean and move the final norm behind the pooling; here the tokens keep
