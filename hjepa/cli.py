@@ -142,8 +142,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .checkpoint import build_encoders, load_run
-    from .data import load_data
+    from .build import build_encoders, load_split, plain
+    from .checkpoint import load_run
     from .evaluate import raw_pixels, resolution_transfer
     from .runs import fresh_path
     from .tables import format_table, rows_to_csv, size_pair
@@ -158,14 +158,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--run {name} was trained with other data settings than {arguments.run[0]}")
     encoders = _views(loaded, arguments.strategy)
     size = config.data.image_size
-    torch.manual_seed(config.train.seed)
     encoders |= {"random init": build_encoders(config)[0].eval(), "raw pixels": raw_pixels(size)}
-    options = {k: config.data[k] for k in ("root", "path", "image_size", "on_corrupt")}
-    splits = [load_data(config.data.name, split, **options) for split in ("train", "test")]
+    splits = [load_split(config, split) for split in ("train", "test")]
     torch.set_num_threads(config.train.threads)
-    reading = {k: config.evaluate[k] for k in ("gallery", "queries", "knn_k", "pool")}
-    sizes = asked or list(config.evaluate.sizes)
-    rows = resolution_transfer(encoders, *splits, train_size=size, sizes=sizes, progress=True, **reading)
+    reading = plain(config.evaluate)
+    reading["sizes"] = asked or reading["sizes"]
+    rows = resolution_transfer(encoders, *splits, train_size=size, progress=True, **reading)
     for metric in ("probe", "knn", "retrieval"):
         print(f"\n{format_table(rows, metric)}")
     out = Path(arguments.out) if arguments.out else fresh_path(Path(arguments.run[0], "evaluation.csv"))
