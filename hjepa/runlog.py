@@ -1,7 +1,8 @@
-"""The log of a run: log.jsonl and log.csv, always, and TensorBoard by a word.
+"""The folder of a run: whether it may be used, its log, and the log's summary.
 
-One row per logged step; a row that is also an evaluation has more fields. When a run is resumed from step t, rows
-after t are cut first, so that no step stands twice.
+log.jsonl and log.csv are always written, TensorBoard by a word. One row per logged step; a row that is also an
+evaluation has more fields. When a run is resumed from step t, rows after t are cut first, so that no step stands
+twice.
 
 Not covered: remote trackers.
 """
@@ -9,9 +10,14 @@ Not covered: remote trackers.
 import csv
 import json
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from .config import Config, load_config
 
 
 class RunLog:
@@ -82,3 +88,57 @@ def _board(folder: Path, first_step: int) -> Any:
             "train.tensorboard=true needs the tensorboard package: pip install tensorboard, or set it to false"
         ) from None
     return SummaryWriter(str(folder), purge_step=max(first_step, 0))
+
+
+def log_columns(levels: int) -> list[str]:
+    """Fields of a log row; effective_rank and knn stand only in rows that are evaluations."""
+    parts = [f"loss_level_{level}" for level in range(levels)]
+    return ["step", "loss", *parts, "regularizer", "cosine", "grad_norm", "lr", "momentum", "images_per_s",
+            "feature_std", "effective_rank", "knn"]  # fmt: skip
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """First, last and extreme values of a log; None for what it does not hold."""
+    measured, trained = [row for row in rows if "knn" in row], [row for row in rows if "loss" in row]
+    first = rows[0] if rows and rows[0]["step"] == 0 else {}
+    last, loss = (found[-1] if found else {} for found in (measured, trained))
+    return {
+        "steps": rows[-1]["step"] if rows else 0,
+        "loss": loss.get("loss"),
+        "knn": last.get("knn"),
+        "knn_random": first.get("knn"),
+        "effective_rank": last.get("effective_rank"),
+        "effective_rank_random": first.get("effective_rank"),
+        "effective_rank_lowest": min((row["effective_rank"] for row in measured), default=None),
+        "images_per_s": statistics.median(row["images_per_s"] for row in trained) if trained else None,
+    }
+
+
+# ---- may this folder be used?
+
+# a resumed run may differ from its first part in these: they change no number, or only its rounding
+FREE_ON_RESUME = (
+    "data.root", "train.accumulate", "train.num_workers", "train.threads", "train.log_every", "train.eval_every",
+    "train.checkpoint_every", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
+)  # fmt: skip
+
+
+def check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
+    """Refuse to mix two runs in one folder. ValueError naming the folder or the first key that differs."""
+    saved = any((run_dir / "checkpoints").glob("step_*"))
+    if saved and not resume:
+        raise ValueError(f"{run_dir} already holds a run; resume it, or choose another folder")
+    if not saved or not (run_dir / "config.yaml").exists():
+        return
+    before, now = (_flat(c) for c in (load_config(run_dir / "config.yaml"), config))
+    for key in before:
+        if before[key] != now[key] and not key.startswith(FREE_ON_RESUME):
+            raise ValueError(f"cannot resume {run_dir}: it was started with {key}={before[key]}, not {now[key]}")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    tree = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -11,7 +11,7 @@ every step seeds itself from (seed, step), see `hjepa.schedule`.
 
 The hashes find damage and honest mistakes; they are no signature against an attacker.
 
-Not covered: exports (`hjepa.checkpoint`), sharded checkpoints of FSDP (docs/scaling.md).
+Not covered: exports (`hjepa.checkpoint`), checkpoints cut over processes (`hjepa.sharding`).
 """
 
 import hashlib
@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Config
+from .sharding import is_sharded, load_whole, load_whole_optimizer
 
 FORMAT, VERSION, KEEP = "hjepa-checkpoint", 1, 2
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
@@ -45,23 +46,25 @@ class CheckpointError(ValueError):
 def save_checkpoint(
     run_dir: str | Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | Mapping[str, Any],
     config: Config,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write run_dir/checkpoints/step_{step} and return it; step counts finished optimiser steps.
 
-    extra: JSON values kept under "extra" in the state (mean and std of the data, for example). OSError on a full
-    disk or a read-only folder, with the earlier checkpoints untouched.
+    model, optimizer: the objects or their state dicts (of a cut model: `hjepa.sharding`). extra: JSON values kept
+    under "extra" in the state (mean and std of the data, for example). OSError on a full disk or a read-only folder,
+    with the earlier checkpoints untouched.
     """
     parent = Path(run_dir) / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f".tmp-{step}-{os.getpid()}"
     try:
         temporary.mkdir(exist_ok=True)
-        write_weights(temporary / WEIGHTS, model.state_dict())
-        write_file(temporary / OPTIMIZER, lambda file: torch.save(optimizer.state_dict(), file))
+        write_weights(temporary / WEIGHTS, model.state_dict() if isinstance(model, nn.Module) else model)
+        moments = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else dict(optimizer)
+        write_file(temporary / OPTIMIZER, lambda file: torch.save(moments, file))
         state = {
             "format": FORMAT,
             "version": VERSION,
@@ -215,11 +218,21 @@ def load_checkpoint(
     _check_same(folder / WEIGHTS, weights, model.state_dict())
     if optimizer is not None:
         try:
-            optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+            _load_optimizer(model, optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
         except Exception as error:
             raise CheckpointError(f"{folder / OPTIMIZER} does not fit this optimiser: {first_line(error)}") from None
-    model.load_state_dict(weights)
+    if is_sharded(model):
+        load_whole(model, weights)
+    else:
+        model.load_state_dict(weights)
     return state
+
+
+def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    if is_sharded(model):
+        load_whole_optimizer(model, optimizer, state)
+    else:
+        optimizer.load_state_dict(state)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

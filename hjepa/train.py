@@ -11,13 +11,12 @@ so the loss curve does not depend on N or A (a regularizer is a statistic of the
 Dropout, if a ViT is given any, repeats across processes and micro-batches.
 
 Source: Assran et al. 2023 (I-JEPA, arXiv:2301.08243, section 4 and appendix A) for optimiser and schedules.
-Not covered: FSDP (docs/scaling.md), schedules of weight decay.
+Not covered: schedules of weight decay. For models too large for one GPU see docs/scaling.md.
 """
 
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,27 +25,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from omegaconf import OmegaConf
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .build import build_model, draw_masks, load_split, parameter_groups
+from .build import build_encoders, build_model, draw_masks, load_split, parameter_groups
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .config import Config, load_config, save_config
+from .config import Config, save_config
 from .data import ImageData, TrainView
+from .encoders import TargetEncoder
 from .evaluate import effective_rank, encode, feature_std, knn_accuracy
-from .runlog import RunLog
+from .runlog import RunLog, check_run_dir, log_columns, summary
 from .schedule import StepSampler, generator_at, lr_at, mix, share
+from .sharding import is_sharded, whole_optimizer, whole_weights
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
-
-# a resumed run may differ from its first part in these: they change no number, or only its rounding
-FREE_ON_RESUME = (
-    "data.root", "train.accumulate", "train.num_workers", "train.threads", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
-)  # fmt: skip
-
 
 class TrainingDiverged(RuntimeError):
     """Loss or gradient became NaN or infinite; the message names the step and the last good checkpoint."""
@@ -102,10 +96,11 @@ class _Run:
         options = self.config.train
         self.plain = build_model(self.config)
         optimizer = torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr, fused=True)
+        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        self.plain = self.accelerator.unwrap_model(self.model)
         state: dict[str, Any] = {"step": 0, "extra": {}}
         if self.last_good:
-            state = load_checkpoint(self.last_good, self.plain, optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+            state = load_checkpoint(self.last_good, self.plain, self.optimizer.optimizer)
         if self.accelerator.scaler is not None and "scaler" in state["extra"]:
             self.accelerator.scaler.load_state_dict(state["extra"]["scaler"])
         return state["step"]
@@ -114,8 +109,10 @@ class _Run:
 
     def train(self) -> dict[str, Any]:
         options, began = self.config.train, time.perf_counter()
-        if self.main and self.start == 0:
-            self.log.write({"step": 0, **self.measure()})
+        if self.start == 0:
+            measures = self.measure()
+            if self.main:
+                self.log.write({"step": 0, **measures})
         self.model.train()
         bar = tqdm(total=options.steps, initial=self.start, disable=not self.progress, unit="step")
         batches, tick, images = self.batches(), time.perf_counter(), 0
@@ -193,7 +190,8 @@ class _Run:
 
     def update(self, step: int) -> float | None:
         """Clip and step; returns the norm of the gradient before clipping (None where fp16 overflowed and skips)."""
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad))
+        found: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad)
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             self.diverged(f"the gradient norm is {norm}", step)
         self.optimizer.step()
@@ -206,15 +204,32 @@ class _Run:
     # ---- bookkeeping
 
     def report(self, row: dict[str, Any], measuring: bool, bar: Any) -> None:
+        measures = self.measure() if measuring else {}
         if self.main:
-            self.log.write(row | self.measure() if measuring else row)
+            self.log.write(row | measures)
             rank = next((r["effective_rank"] for r in reversed(self.log.rows) if "effective_rank" in r), 0.0)
             bar.set_postfix(loss=f"{row['loss']:.3f}", images_per_s=f"{row['images_per_s']:.0f}", rank=f"{rank:.1f}")
-        if measuring:
-            self.accelerator.wait_for_everyone()
 
     def measure(self) -> dict[str, float]:
-        """Effective rank of the target encoder's features and kNN accuracy, on held-out pictures at training size."""
+        """Effective rank of the target encoder's features and kNN accuracy, on held-out pictures at training size.
+
+        All processes call it; the main one works and the others wait.
+        """
+        target = self.whole_target()
+        measures = self.measure_encoder(target) if self.main else {}
+        self.accelerator.wait_for_everyone()
+        return measures
+
+    def whole_target(self) -> TargetEncoder:
+        if not is_sharded(self.plain):
+            return self.plain.target_encoder
+        weights = whole_weights(self.plain.target_encoder)
+        target = build_encoders(self.config)[1]
+        if self.main:
+            target.load_state_dict(weights)
+        return target.to(self.accelerator.device)
+
+    def measure_encoder(self, target: TargetEncoder) -> dict[str, float]:
         options = self.config.evaluate
         if self.held_out is None:
             size = self.config.data.image_size
@@ -224,17 +239,20 @@ class _Run:
                 self.test_data.at_size(size, queries), self.test_data.labels[queries],
             )  # fmt: skip
         known, known_labels, asked, asked_labels = self.held_out
-        x, y = (encode(self.plain.target_encoder, images, pool=options.pool) for images in (known, asked))
+        x, y = (encode(target, images, pool=options.pool) for images in (known, asked))
         hits = knn_accuracy(x, known_labels, y, asked_labels, min(options.knn_k, len(x)))
         return {"effective_rank": effective_rank(y), "knn": hits.float().mean().item()}
 
     def save(self, step: int) -> None:
+        optimizer = self.optimizer.optimizer
+        model: Any = self.plain
+        if is_sharded(model):
+            model, optimizer = whole_weights(model), whole_optimizer(model, optimizer)
         if self.main:
             extra: dict[str, Any] = {"mean": list(self.train_data.mean), "std": list(self.train_data.std)}
             if self.accelerator.scaler is not None:
                 extra["scaler"] = self.accelerator.scaler.state_dict()
-            optimizer = self.optimizer.optimizer
-            self.last_good = save_checkpoint(self.run_dir, step, self.plain, optimizer, self.config, extra)
+            self.last_good = save_checkpoint(self.run_dir, step, model, optimizer, self.config, extra)
         self.accelerator.wait_for_everyone()
 
     def finish(self, seconds: float) -> dict[str, Any]:
@@ -253,30 +271,6 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         return metrics
-
-
-def log_columns(levels: int) -> list[str]:
-    """Fields of a log row; effective_rank and knn stand only in rows that are evaluations."""
-    parts = [f"loss_level_{level}" for level in range(levels)]
-    return ["step", "loss", *parts, "regularizer", "cosine", "grad_norm", "lr", "momentum", "images_per_s",
-            "feature_std", "effective_rank", "knn"]  # fmt: skip
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """First, last and extreme values of a log; None for what it does not hold."""
-    measured, trained = [row for row in rows if "knn" in row], [row for row in rows if "loss" in row]
-    first = rows[0] if rows and rows[0]["step"] == 0 else {}
-    last, loss = (found[-1] if found else {} for found in (measured, trained))
-    return {
-        "steps": rows[-1]["step"] if rows else 0,
-        "loss": loss.get("loss"),
-        "knn": last.get("knn"),
-        "knn_random": first.get("knn"),
-        "effective_rank": last.get("effective_rank"),
-        "effective_rank_random": first.get("effective_rank"),
-        "effective_rank_lowest": min((row["effective_rank"] for row in measured), default=None),
-        "images_per_s": statistics.median(row["images_per_s"] for row in trained) if trained else None,
-    }
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -300,24 +294,3 @@ def _accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
     if accelerator.num_processes != asked:
         raise RuntimeError(f"torchrun started {asked} processes, Accelerate sees {accelerator.num_processes}")
     return accelerator
-
-
-def check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
-    """Refuse to mix two runs in one folder. ValueError naming the folder or the first key that differs."""
-    saved = any((run_dir / "checkpoints").glob("step_*"))
-    if saved and not resume:
-        raise ValueError(f"{run_dir} already holds a run; resume it, or choose another folder")
-    if not saved or not (run_dir / "config.yaml").exists():
-        return
-    before, now = (_flat(c) for c in (load_config(run_dir / "config.yaml"), config))
-    for key in before:
-        if before[key] != now[key] and not key.startswith(FREE_ON_RESUME):
-            raise ValueError(f"cannot resume {run_dir}: it was started with {key}={before[key]}, not {now[key]}")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    tree = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hjepa import storage
@@ -336,6 +338,33 @@ from hjepa.train import train
 for name in ("none", "variance"):
     train(load_config(f"{sys.argv[1]}/{name}/config.yaml"), f"{sys.argv[1]}/{name}2", progress=False)
 """
+CUT = """
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+def prepare(self, model, optimizer):  # what Accelerate's FSDP does on GPUs
+    for part in (model.context_encoder.vit, model.target_encoder.vit, model.predictor):
+        for block in part.blocks:
+            fully_shard(block)
+    fully_shard(model)
+    cut = type(optimizer)(parameter_groups(model, 0.05), fused=True)
+    return model, self.prepare_optimizer(cut)
+from hjepa.build import parameter_groups
+Accelerator.prepare = prepare
+import sys
+from hjepa.config import load_config
+from hjepa.train import train
+config = load_config(f"{sys.argv[1]}/one/config.yaml")
+train(config, f"{sys.argv[1]}/cut", progress=False)
+train(config, f"{sys.argv[1]}/resumed", resume=True, progress=False)
+"""
+
+
+def torchrun(script: str, folder: Path) -> None:
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(folder / "script.py"), str(folder)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -344,11 +373,29 @@ def test_two_processes_equal_one(tiny, tmp_path):
     for name in ("none", "variance"):
         config = tiny("train.steps=5", *ROPE, f"loss.regularizer={name}", "loss.regularizer_weight=0.1")
         train(config, tmp_path / name, progress=False)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(SCRIPT, tmp_path)
     for name in ("none", "variance"):
         assert json.loads((tmp_path / f"{name}2/metrics.json").read_text())["processes"] == 2
         torch.testing.assert_close(losses(tmp_path / f"{name}2"), losses(tmp_path / name), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_model_cut_over_two_processes_equals_a_whole_one(tiny, tmp_path):
+    """FSDP: same losses, measures and checkpoints; a cut run goes on from a whole one's checkpoint, and back."""
+    config = tiny("train.steps=6", "train.checkpoint_every=3", *ROPE)
+    train(config, tmp_path / "one", progress=False)
+    for name in ("resumed", "back"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints/step_00000006")
+    torchrun(CUT, tmp_path)
+    shutil.copytree(tmp_path / "cut/checkpoints", tmp_path / "back/checkpoints", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "back/checkpoints/step_00000006")
+    train(config, tmp_path / "back", resume=True, progress=False)
+    expected = read_log(tmp_path / "one")
+    for name in ("cut", "resumed", "back"):
+        torch.testing.assert_close(losses(tmp_path / name), losses(tmp_path / "one"), atol=1e-5, rtol=0)
+        for row, other in zip(expected, read_log(tmp_path / name), strict=True):
+            assert other.get("effective_rank", 0) == pytest.approx(row.get("effective_rank", 0), rel=1e-3)
+        for key, tensor in load_file(latest_checkpoint(tmp_path / "one") / "model.safetensors").items():
+            found = load_file(latest_checkpoint(tmp_path / name) / "model.safetensors")[key]
+            torch.testing.assert_close(found, tensor, atol=1e-4, rtol=0)

@@ -1,0 +1,69 @@
+"""A model cut over processes (FSDP): its whole state on the main process, and back.
+
+`fully_shard` leaves every process with a slice of each parameter and of its optimiser state. Checkpoints should not
+know: here the slices are gathered into the state dicts that an uncut model and optimiser have, so a run may change
+between one process, DDP and FSDP when it is resumed. Every function that gathers must be called by all processes.
+
+Source: torch.distributed.checkpoint.state_dict; the names it gives to optimiser entries are turned into the usual
+numbers.
+Not covered: checkpoints that stay in slices, for models whose whole state does not fit one machine's memory.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has cut this model."""
+    return isinstance(model, FSDPModule)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict, uncut, on the CPU of the main process; empty elsewhere."""
+    return get_model_state_dict(model, options=WHOLE)
+
+
+def whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state dict as that of an uncut model; empty on all but the main process."""
+    named: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if not named:
+        return {}
+    number = {name: i for i, name in enumerate(_names(named["param_groups"]))}
+    return {
+        "state": {number[name]: values for name, values in named["state"].items()},
+        "param_groups": [g | {"params": [number[name] for name in g["params"]]} for g in named["param_groups"]],
+    }
+
+
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load an uncut state dict, given on every process, into a cut model."""
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
+
+
+def load_whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an uncut optimiser state dict, given on every process; its parameter groups must be the optimiser's own."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    groups = [{"params": [known[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    names = _names(groups)
+    named = {
+        "state": {names[i]: values for i, values in state["state"].items()},
+        "param_groups": [g | own for g, own in zip(state["param_groups"], groups, strict=True)],
+    }
+    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+def _names(groups: list[dict[str, Any]]) -> list[str]:
+    return [name for group in groups for name in group["params"]]
