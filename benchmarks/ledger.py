@@ -1,0 +1,171 @@
+"""The claims ledger `results/claims.json`: one row per claim, each number checked or read, none typed twice.
+
+A row has the claim, what was measured, `values` (the numbers), `number` (a sentence with the values' names in braces),
+a verdict and the command that measures it again. There are two kinds:
+
+    structural   values stand in the file, and tests and notebook 10 measure them afresh: `check`. A name that ends in
+                 "_below" is a bound, any other the value itself.
+    sourced      values and verdict are made here from committed results (timings, transfer tables): `refresh`.
+
+    python -m benchmarks.ledger      rebuild the sourced rows; a test holds the file to what this would write
+
+Not covered: making those results (`make bench`, `make tour`, `hjepa sweep`).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from hjepa.tables import Row, rows_from_csv, size_text, summarise
+
+Claim = dict[str, Any]
+VERDICTS = ("holds", "holds when", "does not hold", "not settled yet")
+LEDGER = "results/claims.json"
+STALE = "results/claims.json is older than the results it quotes: run python -m benchmarks.ledger, then notebook 10"
+TRAIN_SIZES = {"openmoji": 64, "fashion_mnist": 16}
+ROPE, TABLE = "rope, interpolated", "absolute, resampled"  # the readings compared, fixed before looking
+
+
+def read(root: Path) -> dict[str, Claim]:
+    """The rows by id, in the file's order."""
+    return {row["id"]: row for row in json.loads((root / LEDGER).read_text(encoding="utf-8"))}
+
+
+def number(row: Claim) -> str:
+    """The row's numbers as a sentence."""
+    return row["number"].format(**row["values"])
+
+
+def check(row: Claim, measured: Mapping[str, float]) -> None:
+    """Hold measured numbers to a row's values: below a bound, or within a hundredth of the value.
+
+    Raises:
+        AssertionError: a name missing on either side, or a number that does not agree.
+    """
+    values = row["values"]
+    assert values.keys() == measured.keys(), f"{row['id']}: the row has {list(values)}, measured: {list(measured)}"
+    for name, value in values.items():
+        found = measured[name]
+        agrees = found < value if name.endswith("_below") else math.isclose(found, value, rel_tol=0.01)
+        assert agrees, f"{row['id']}: {name} was measured as {found}, the row says {value}"
+
+
+# rows made from committed results
+
+
+def _unsettled(row: Claim, why: str) -> Claim:
+    return row | {"values": {}, "number": why, "verdict": "not settled yet"}
+
+
+def overhead(row: Claim, cases: Mapping[str, Mapping[str, float]]) -> Claim:
+    """A row about overhead from {case: {median, low, high}} ratios; it holds where every case's upper quartile does."""
+    values = {}
+    for case, ratio in cases.items():
+        for part in ("median", "low", "high"):
+            values[f"{case}_{part}"] = round(100 * (ratio[part] - 1), 1)
+    text = "; ".join(f"{c}: {{{c}_median:+.1f}} % [{{{c}_low:+.1f}}, {{{c}_high:+.1f}}]" for c in cases)
+    over = [case for case in cases if values[f"{case}_high"] > 5]
+    within = [case for case in cases if case not in over]
+    verdict = "holds" if not over else f"holds when the model is {', '.join(within)}" if within else "does not hold"
+    return row | {"values": values, "number": text, "verdict": verdict}
+
+
+def forward_overhead(row: Claim, root: Path) -> Claim:
+    """RoPE on against off, forward pass, from benchmarks/results.json."""
+    return _overhead_from_bench(row, root, "forward")
+
+
+def training_overhead(row: Claim, root: Path) -> Claim:
+    """RoPE on against off, forward and backward pass, from benchmarks/results.json."""
+    return _overhead_from_bench(row, root, "training")
+
+
+def _overhead_from_bench(row: Claim, root: Path, what: str) -> Claim:
+    path = root / "benchmarks" / "results.json"
+    if not path.exists():
+        return _unsettled(row, "no committed measurement")
+    cases = bench_ratios(json.loads(path.read_text(encoding="utf-8")), what)
+    return overhead(row, cases) if cases else _unsettled(row, "not in the committed benchmark")
+
+
+def bench_ratios(results: Mapping[str, Any], what: str) -> dict[str, dict[str, float]]:
+    """Ratios of RoPE on to off in the benchmark's results: {model: {median, low, high}}."""
+    return {}
+
+
+def gains(rows: Sequence[Row], train_size: int) -> list[Row]:
+    """RoPE's probe accuracy minus the table's, in points, per seed and size other than the training size."""
+    keep = [row for row in rows if row["metric"] == "probe" and row["size"] != (train_size, train_size)]
+    found: dict[tuple, dict[str, float]] = {}
+    for row in keep:
+        found.setdefault((row.get("seed", 0), row["size"]), {})[row["encoder"]] = row["value"]
+    return [
+        {"encoder": "gain", "metric": "probe", "size": size, "seed": seed, "value": 100 * (v[ROPE] - v[TABLE]),
+         "relative": 100 * (v[ROPE] / v[TABLE] - 1), "low": math.nan, "high": math.nan}
+        for (seed, size), v in found.items() if ROPE in v and TABLE in v
+    ]  # fmt: skip
+
+
+def better_transfer(row: Claim, root: Path) -> Claim:
+    """The gain at unseen sizes from results/tour-*/table.csv and results/sweeps/*.csv, one data set at a time."""
+    texts, values, settled = [], {}, []
+    for path in [*sorted(root.glob("results/sweeps/*.csv")), *sorted(root.glob("results/tour-*/table.csv"))]:
+        rows = rows_from_csv(path)
+        for data in sorted({row["data"] for row in rows if row.get("data") in TRAIN_SIZES}):
+            found = gains([row for row in rows if row["data"] == data], TRAIN_SIZES[data])
+            if found and f"{data}_seeds" not in values:  # sweeps first: a tour is one seed of the same comparison
+                texts.append(_describe(data, found, values))
+                settled.append((data, [r for r in _over_seeds(found)]))
+    if not texts:
+        return _unsettled(row, "no committed result")
+    return row | {"values": values, "number": "; ".join(texts), "verdict": transfer_verdict(settled)}
+
+
+def _over_seeds(found: Sequence[Row]) -> list[Row]:
+    kept = [{key: value for key, value in row.items() if key != "relative"} for row in found]
+    return sorted(summarise(kept), key=lambda row: row["size"])
+
+
+def _describe(data: str, found: Sequence[Row], values: dict[str, Any]) -> str:
+    """Put a data set's gains into `values` and return the sentence that quotes them."""
+    values[f"{data}_seeds"] = max(row["n"] for row in _over_seeds(found))
+    parts = []
+    for row in _over_seeds(found):
+        key = f"{data}_{size_text(row['size'])}"
+        values[key] = round(row["value"], 1)
+        values[f"{key}_percent"] = round(mean(r["relative"] for r in found if r["size"] == row["size"]), 0)
+        interval = ""
+        if row["n"] > 1:
+            values[f"{key}_low"], values[f"{key}_high"] = round(row["low"], 1), round(row["high"], 1)
+            interval = f" [{{{key}_low:+.1f}}, {{{key}_high:+.1f}}]"
+        parts.append(f"{size_text(row['size'])} px {{{key}:+.1f}}{interval} points ({{{key}_percent:+.0f}} %)")
+    return f"{data}, seeds {{{data}_seeds}}: " + ", ".join(parts)
+
+
+def transfer_verdict(settled: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    """The claim holds where the interval over seeds lies above 10 points, and fails where it lies below."""
+    several = [(data, row) for data, rows in settled for row in rows if row["n"] > 1]  # one seed settles nothing
+    good = [f"{data} at {size_text(row['size'])} px" for data, row in several if row["low"] >= 10]
+    if good:
+        return "holds" if len(good) == len(several) else f"holds when tested on {', '.join(good)}"
+    return "does not hold" if several and all(row["high"] < 10 for _, row in several) else "not settled yet"
+
+
+SOURCED = {
+    "forward_overhead": forward_overhead,
+    "training_overhead": training_overhead,
+    "better_transfer": better_transfer,
+}
+
+
+def refresh(root: Path) -> None:
+    """Rewrite the sourced rows of the ledger from the committed results."""
+    rows = [SOURCED[name](row, root) if name in SOURCED else row for name, row in read(root).items()]
+    (root / LEDGER).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    refresh(Path(__file__).resolve().parent.parent)
