@@ -128,7 +128,6 @@ class FilePictures:
         shrink = self.detail / min(height, width)
         if shrink < 1:
             image = fit(image, round(height * shrink), round(width * shrink), fill=None)
-        image = image.contiguous()  # resizing rounds differently in other layouts: kept or not must be equal
         if image.numel() > self.free:
             self.free = 0
         else:
