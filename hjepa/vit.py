@@ -55,6 +55,7 @@ def build_vit(
         raise ValueError(f"encoder_type={encoder_type!r} has {found}, only timm's plain Blocks fit")
     for block in vit.blocks:
         widen_half(block)
+    vit.patch_embed.img_size = None  # the encoder checks sizes; timm's check would bake them into a compiled graph
     return vit
 
 
