@@ -9,10 +9,12 @@ numbers.
 Not covered: checkpoints that stay in slices, for models whose whole state does not fit one machine's memory.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,9 +23,29 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
+    """Accelerate's FSDP settings for this model if ACCELERATE_USE_FSDP is true, as `accelerate launch` sets it.
+
+    Each transformer Block is a unit. A block's inputs are left in their precision: the rotation's table among them
+    must stay float32, and autocast sees to the rest.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    precision = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=False,
+        mixed_precision_policy=MixedPrecisionPolicy(
+            param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+    )
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -38,7 +38,7 @@ from .encoders import TargetEncoder
 from .evaluate import effective_rank, encode, feature_std, knn_accuracy
 from .runlog import RunLog, check_run_dir, log_columns, summary
 from .schedule import StepSampler, generator_at, lr_at, mix, share
-from .sharding import is_sharded, whole_optimizer, whole_weights
+from .sharding import fsdp_plugin, is_sharded, whole_optimizer, whole_weights
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
 
@@ -289,6 +289,7 @@ def _accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=accumulate,
         step_scheduler_with_optimizer=False,
+        fsdp_plugin=fsdp_plugin(mixed_precision),
     )
     asked = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != asked:

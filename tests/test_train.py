@@ -25,6 +25,7 @@ from hjepa.encoders import TargetEncoder
 from hjepa.evaluate import effective_rank, encode, knn_accuracy
 from hjepa.model import HJEPA
 from hjepa.runlog import read_log
+from hjepa.sharding import fsdp_plugin
 from hjepa.train import TrainingDiverged, train
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(train_module.__file__).parents[1])}
@@ -329,6 +330,16 @@ def test_torchrun_that_accelerate_does_not_see_is_an_error(monkeypatch):
     monkeypatch.setattr(train_module, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(RuntimeError, match="started 2 processes, Accelerate sees 1"):
         train_module._accelerator("no", 1)
+
+
+def test_fsdp_is_asked_for_by_accelerates_word_and_keeps_rotation_tables_in_float32(monkeypatch):
+    assert fsdp_plugin("bf16") is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    plugin = fsdp_plugin("bf16")
+    assert (plugin.fsdp_version, plugin.transformer_cls_names_to_wrap) == (2, ["Block"])
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not policy.cast_forward_inputs
 
 
 SCRIPT = """
