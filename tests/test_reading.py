@@ -96,3 +96,4 @@ def test_nearest_looks_at_the_last_part_too():
     assert nearest("model.rop.theta", known) == "model.rope.theta"
     assert nearest("train.image_sise", known) == "data.image_size"
     assert nearest("zzzz", known) == ""
+    assert nearest("model.predictr.depth", ["model.depth", "model.predictor.depth"]) == "model.predictor.depth"
