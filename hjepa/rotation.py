@@ -79,7 +79,7 @@ def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, ...]:
 
 
 def rotated_heads(qkv: Tensor, table: Tensor, prefix: int = 0) -> tuple[Tensor, ...]:
-    """q, k (rotated) and v `[B, heads, prefix + N, D]`, views of `qkv`, which is overwritten; arguments as above.
+    """q, k (rotated) and v `[B, heads, prefix + N, D]`, views of `qkv`, which it overwrites; arguments as above.
 
     Differentiable in `qkv`, also twice; a table that needs a gradient wants `rotate`.
     """
@@ -102,7 +102,7 @@ class _RotatedHeads(torch.autograd.Function):
         (table,), prefix = ctx.saved_tensors, ctx.prefix
         q, k, v = (grad.transpose(1, 2) for grad in grads)  # [B, T, heads, D]
         out = v.new_empty(*v.shape[:2], 3, *v.shape[2:])
-        if torch.is_grad_enabled():  # a second derivative is wanted: the same, in steps that autograd can follow
+        if torch.is_grad_enabled():  # for a second derivative: the same, in steps that autograd can follow
             back = (table * table.new_tensor([1.0, -1.0])).transpose(1, 2)
             turned = [rotate_behind_prefix(grad, back, prefix).transpose(1, 2) for grad in grads[:2]]
             return torch.stack((*turned, v), dim=2).flatten(2), None, None

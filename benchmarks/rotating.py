@@ -1,0 +1,252 @@
+"""Sections on the rotation: encoders with it on and off, memory, the rotation alone, peers, growth, tables.
+
+Each section is a function of a `Setup` that yields entries for results.json, from `timing.compare` and `timing.value`.
+
+Not covered: training steps (`stepping.py`).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peers
+from benchmarks.timing import Call, compare, quartiles, sample, threads, value
+from hjepa.encoders import ContextEncoder
+from hjepa.rope import VisionRoPE2D
+from hjepa.rotation import rotate_qkv_
+
+Entry = dict[str, Any]
+HEADS, DIM = 6, 64  # ViT-S
+NAMES = {"ViT-Ti": "vit_tiny_patch16_224", "ViT-S": "vit_small_patch16_224", "ViT-B": "vit_base_patch16_224"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes of a run. A quick one is to see that everything works; its numbers mean nothing."""
+
+    quick: bool = False
+
+    def rounds(self, full: int) -> int:
+        return 2 if self.quick else full
+
+    @property
+    def side(self) -> int:
+        """Patches per side of the image."""
+        return 4 if self.quick else 14
+
+    @property
+    def batch(self) -> int:
+        return 2 if self.quick else 8
+
+    @property
+    def depth(self) -> int:
+        return 1 if self.quick else 12
+
+    @property
+    def shortest(self) -> float:
+        return 0.0 if self.quick else 0.02
+
+    def images(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        torch.manual_seed(0)
+        return torch.randn(self.batch, 3, 16 * self.side, 16 * self.side).to(dtype)
+
+    def encoder(self, model: str, use_rope: bool, depth: int | None = None) -> ContextEncoder:
+        torch.manual_seed(0)
+        vit = dict(depth=depth or self.depth)
+        return ContextEncoder(NAMES[model], 16 * self.side, use_rope=use_rope, vit=vit).eval()
+
+
+def forward(module: Callable[[Tensor], Any], x: Tensor) -> Call:
+    """A call of the module without gradient."""
+
+    def call() -> None:
+        with torch.no_grad():
+            module(x)
+
+    return call
+
+
+def forward_backward(module: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterator[nn.Parameter]) -> Call:
+    """A call of the module and the gradient of all its parameters (of the input where it wants one)."""
+    wanted = [*parameters, *([x] if x.requires_grad else [])]
+
+    def call() -> None:
+        out = module(x)
+        torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
+
+    return call
+
+
+def encoders(setup: Setup) -> Iterator[Entry]:
+    """RoPE on against off (which is plain timm), whole encoders."""
+    single, double = torch.float32, torch.bfloat16
+    cases = [  # model, dtype, pass, threads, rounds, aim
+        ("ViT-S", single, "forward", 1, 14, 1.03),
+        ("ViT-S", single, "forward", 2, 14, 1.03),
+        ("ViT-S", single, "forward + backward", 1, 9, 1.03),
+        ("ViT-S", single, "forward + backward", 2, 9, 1.03),
+        ("ViT-S", double, "forward", 1, 14, 1.05),
+        ("ViT-S", double, "forward", 2, 14, 1.05),
+        ("ViT-Ti", single, "forward", 1, 14, 1.05),
+        ("ViT-Ti", single, "forward + backward", 1, 9, None),
+        ("ViT-B", single, "forward", 1, 7, 1.02),
+        ("ViT-B", single, "forward", 2, 7, None),
+    ]
+    for model, dtype, what, count, rounds, aim in cases:
+        x, variants = setup.images(dtype), {}
+        for name in ("RoPE off", "RoPE on"):
+            encoder = setup.encoder(model, name == "RoPE on").to(dtype)
+            backward = what != "forward"
+            variants[name] = forward_backward(encoder, x, encoder.parameters()) if backward else forward(encoder, x)
+        yield compare(
+            "encoders", f"{model}, {str(dtype).removeprefix('torch.')}, {what}", variants, thread_count=count,
+            rounds=setup.rounds(rounds), shortest=setup.shortest, at_most={"RoPE on": aim} if aim else None,
+        )  # fmt: skip
+
+
+def compiled(setup: Setup) -> Iterator[Entry]:
+    """The same through torch.compile. A quick run leaves the code generation out."""
+    x, variants = setup.images(torch.bfloat16), {}
+    for name in ("RoPE off", "RoPE on"):
+        encoder = setup.encoder("ViT-S", name == "RoPE on", depth=1 if setup.quick else 4).bfloat16()
+        backend = "eager" if setup.quick else "inductor"
+        variants[name] = forward(torch.compile(encoder, fullgraph=True, backend=backend), x)
+    yield compare(
+        "compiled", "ViT-S of 4 layers, bfloat16, forward, compiled", variants, rounds=setup.rounds(40),
+        shortest=setup.shortest, at_most={"RoPE on": 1.02},
+    )  # fmt: skip
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, each storage once, parameters not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(x)
+        total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    del out
+    return total
+
+
+def memory(setup: Setup) -> Iterator[Entry]:
+    """What is kept for the backward pass, and parameters."""
+    off, on = (setup.encoder("ViT-S", use_rope) for use_rope in (False, True))
+    bytes_off, bytes_on = (saved_bytes(encoder, setup.images()) for encoder in (off, on))
+    added = sum(p.numel() for p in on.parameters()) - sum(p.numel() for p in off.parameters())
+    yield value("memory", "ViT-S, float32, saved for backward, RoPE off", bytes_off / 2**20, "MiB")
+    yield value("memory", "ViT-S, float32, saved for backward, RoPE on", bytes_on / 2**20, "MiB")
+    yield value("memory", "saved for backward, RoPE on against off", bytes_on / bytes_off, "ratio", at_most=1.01)
+    yield value("memory", "parameters added by RoPE", added, "parameters", at_most=0)
+
+
+def rotation(setup: Setup) -> Iterator[Entry]:
+    """The rotation alone, from a qkv buffer to q, k, v; the base is timm's."""
+    for count in (1, 2):
+        for dtype, what, aim in (
+            (torch.float32, "forward", 0.15),
+            (torch.float32, "forward + backward", 0.25),
+            (torch.bfloat16, "forward", 0.4),
+        ):
+            if count == 2 and what != "forward":
+                continue
+            torch.manual_seed(0)
+            qkv = torch.randn(setup.batch, setup.side**2, 3 * HEADS * DIM).to(dtype)
+            turns = peers.rotations(setup.side, HEADS, DIM, dtype)
+            back = what != "forward"
+            variants = {name: _through(turn, qkv) if back else forward(turn, qkv) for name, turn in turns.items()}
+            yield compare(
+                "rotation", f"q, k of {_shape(setup)}, {str(dtype).removeprefix('torch.')}, {what}", variants,
+                thread_count=count, rounds=setup.rounds(30), shortest=setup.shortest,
+                at_most={"hjepa, in place": aim},
+            )  # fmt: skip
+
+
+def _shape(setup: Setup) -> str:
+    return f"[{setup.batch}, {HEADS}, {setup.side**2}, {DIM}]"
+
+
+def _through(turn: peers.Rotation, qkv: Tensor) -> Call:
+    """From the buffer to q, k, v and from their gradients back to the buffer's."""
+    leaf = qkv.clone().requires_grad_()
+    grads = [torch.randn_like(part) for part in turn(leaf)]
+
+    def call() -> None:
+        torch.autograd.grad(turn(leaf), leaf, grads)
+
+    return call
+
+
+def against_peers(setup: Setup) -> Iterator[Entry]:
+    """Attention layers and whole ViT-S against every peer; the base has no rotation. Ours is to be the fastest."""
+    tokens = 1 + setup.side**2
+    for dtype, what in ((torch.float32, "forward"), (torch.float32, "forward + backward"), (torch.bfloat16, "forward")):
+        torch.manual_seed(0)
+        x = torch.randn(setup.batch, tokens, HEADS * DIM).to(dtype)
+        layers = peers.attention_layers(setup.side, HEADS, DIM, dtype)
+        leaf = x.clone().requires_grad_()
+        back = what != "forward"
+        variants = {}
+        for name, layer in layers.items():
+            variants[name] = forward_backward(layer, leaf, iter(())) if back else forward(layer, x)
+        yield compare(
+            "peers", f"attention layer on [{setup.batch}, {tokens}, {HEADS * DIM}], "
+            f"{str(dtype).removeprefix('torch.')}, {what}", variants, rounds=setup.rounds(14), shortest=setup.shortest,
+        )  # fmt: skip
+    models = {name: setup.encoder("ViT-S", name == "hjepa") for name in ("no rotation (timm)", "hjepa")}
+    others = peers.whole_models(setup.side, setup.depth)
+    x = setup.images()
+    yield compare(
+        "peers", "ViT-S, float32, forward", {name: forward(model, x) for name, model in (models | others).items()},
+        rounds=setup.rounds(6), shortest=setup.shortest,
+    )  # fmt: skip
+
+
+def growth(setup: Setup) -> Iterator[Entry]:
+    """Time of the rotation per token and its share of a layer, over grids and batches."""
+    layer = setup.encoder("ViT-S", False, depth=1).vit.blocks[0]
+    grids = (2, 3, 4) if setup.quick else (14, 28, 56)
+    for batch, side in [*((1, side) for side in grids), *((batch, grids[0]) for batch in (4, 16, 64))]:
+        table = VisionRoPE2D(DIM, 16, side).table((side, side))
+        qkv, x = torch.randn(batch, side**2, 3 * HEADS * DIM), torch.randn(batch, side**2, HEADS * DIM)
+
+        def turn(qkv: Tensor, table: Tensor = table) -> Tensor:
+            return rotate_qkv_(qkv, table)
+
+        yield compare(
+            "growth", f"batch {batch}, grid {side} x {side}: rotation against a layer of ViT-S",
+            {"layer": forward(layer, x), "rotation": forward(turn, qkv)}, rounds=setup.rounds(7),
+            shortest=setup.shortest,
+        )  # fmt: skip
+
+
+def tables(setup: Setup) -> Iterator[Entry]:
+    """A table for a grid not seen before, and the second call, against one layer's forward at that grid, batch 1."""
+    side = 5 if setup.quick else 28
+    layer, x = setup.encoder("ViT-S", False, depth=1).vit.blocks[0], torch.randn(1, side**2, HEADS * DIM)
+
+    def build() -> None:
+        rope._cache.clear()
+        rope.tables((side, side))
+
+    rope = VisionRoPE2D(DIM, 16, 14, num_layers=12)
+    yield compare(
+        "tables", f"grid {side} x {side}",
+        {"layer": forward(layer, x), "new table": build, "same grid again": lambda: rope.tables((side, side))},
+        rounds=setup.rounds(14), shortest=setup.shortest, at_most={"new table": 1.0, "same grid again": 0.01},
+    )  # fmt: skip
+
+
+def matmul_speed(size: int, dtype: torch.dtype, thread_count: int, rounds: int = 9) -> float:
+    """Measured speed of a product of two square matrices, in GFLOP/s (median)."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    with threads(thread_count) as clock:
+        times = [sample(lambda: a @ b, clock, 3) for _ in range(rounds)]
+    return 2e-9 * size**3 / quartiles(times)["median"]
