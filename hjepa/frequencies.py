@@ -86,12 +86,15 @@ def rescaled(
     return scaled, ((scaled - base) / 2).sum(0)
 
 
-def magnitude(strategy: str, grid_size: tuple[int, int], trained: tuple[int, int]) -> float:
-    """Length given to each rotated pair: 1, or YaRN's 1 + 0.1 ln s on a larger grid under ntk_by_parts."""
+def magnitude(strategy: str, grid_size: tuple[int, int], trained: tuple[int, int]) -> Tensor | float:
+    """Length given to each rotated pair: 1, or YaRN's 1 + 0.1 ln s on a larger grid under ntk_by_parts.
+
+    s is the square root of the ratio of areas. Tensor arithmetic, so that one compiled graph serves all grids.
+    """
     if strategy != "ntk_by_parts":
         return 1.0
-    scale = math.sqrt(grid_size[0] * grid_size[1] / (trained[0] * trained[1]))
-    return 1 + 0.1 * math.log(max(scale, 1.0))
+    areas = torch.tensor(grid_size, dtype=torch.float32).prod() / (trained[0] * trained[1])
+    return 1 + 0.05 * areas.clamp(min=1).log()
 
 
 def _per_axis(size: tuple[int, int], like: Tensor) -> Tensor:

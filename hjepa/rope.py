@@ -166,7 +166,7 @@ class VisionRoPE2D(nn.Module):
             return normalized(base, grid_size)
         return rescaled(base, self.strategy, grid_size, self.grid_size)
 
-    def magnitude(self, grid_size: tuple[int, int]) -> float:
+    def magnitude(self, grid_size: tuple[int, int]) -> Tensor | float:
         """Length given to each rotated pair: 1, or YaRN's 1 + 0.1 ln s on a larger grid under ntk_by_parts."""
         return magnitude(self.strategy, grid_size, self.grid_size)
 
