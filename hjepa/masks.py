@@ -28,7 +28,7 @@ from torch import Tensor
 
 @dataclass
 class Masks:
-    """Patches seen, `context_idx` `[B, n]`, and cells asked for, one `target_idx[l]` `[B, m_l]` per level, row-major."""
+    """Patches seen, `context_idx` `[B, n]`, and cells asked for, a `target_idx[l]` `[B, m_l]` per level, row-major."""
 
     context_idx: Tensor
     target_idx: tuple[Tensor, ...]
@@ -72,6 +72,8 @@ def sample_masks(
     Raises:
         ValueError: ranges out of order, or a grid too small to leave every sample a context and a target.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     _check(levels, num_targets, target_scale, target_aspect, context_scale, grid_size)
     height, width = grid_size
     drawn = 2 * batch_size
@@ -153,6 +155,8 @@ def _check(
     context_scale: tuple[float, float],
     grid_size: tuple[int, int],
 ) -> None:
+    if min(grid_size) < 1:
+        raise ValueError(f"grid_size={grid_size[0]}x{grid_size[1]} needs at least one patch per side")
     if not 1 <= levels <= 4:
         raise ValueError(f"levels={levels} must be 1 to 4")
     if num_targets < 1:
