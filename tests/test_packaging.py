@@ -13,6 +13,7 @@ import yaml
 import hjepa
 from hjepa.config import KEYS, load_config
 from hjepa.sweep import load_sweep
+from hjepa.tour import NOTEBOOK
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hjepa"
@@ -121,6 +122,12 @@ def test_readme_names_only_what_exists():
     assert not missing
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)\b(?! sure)", text)) <= targets
+
+
+def test_what_the_wheel_brings_along_exists():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert not [path for path in tool["force-include"] if not (ROOT / path).exists()]
+    assert f"hjepa/_assets/{NOTEBOOK}" in tool["force-include"].values()
 
 
 def test_make_without_a_target_lists_the_targets():
