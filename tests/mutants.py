@@ -1,0 +1,142 @@
+# ruff: noqa: E501
+"""Break the code on purpose, one way at a time, and see that a test notices.
+
+    python tests/mutants.py             all of them, two at a time; exits 1 if one survives
+    python tests/mutants.py ema hooks   those with one of these words in their name
+
+Each mutant is one replacement in a temporary copy of the package; the test file that should catch it runs there with
+-x. A failing test (pytest's exit code 1) is a catch; a copy that cannot be imported or collected is not, nor is a
+replacement whose text is no longer in the source. One copy stays unchanged, and there all these files must pass.
+
+Not covered: breaking several things at once, and mutants made by chance.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in hjepa/`module`.py; tests/test_`tests`.py should fail."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    tests: str
+
+
+CONJUGATE = "table * table.new_tensor([1.0, -1.0])"
+SEEN = "~_any_in_cell(seen.unflatten(1, grid_size), level)"
+MUTANTS = [
+    # the rotation
+    Mutant("no rotation", "rope", "self.angles(positions, grid_size, layer)\n", "0 * self.angles(positions, grid_size, layer)\n", "rope"),
+    Mutant("attention without rotation", "attention", "= heads(attn, x, table, prefix)", "= heads(attn, x, None, prefix)", "attention"),
+    Mutant("sign of k", "rope", "rotate(q, table), rotate(k, table)", f"rotate(q, table), rotate(k, {CONJUGATE})", "rope"),
+    Mutant("swapped axes", "frequencies", "torch.stack((torch.cat((omega, zero)), torch.cat((zero, omega))))", "torch.stack((torch.cat((zero, omega)), torch.cat((omega, zero))))", "rope"),
+    Mutant("wrong frequencies", "frequencies", "device=device) / (dim // 4)", "device=device) / (dim // 2)", "rope"),
+    Mutant("shifted index", "frequencies", "torch.arange(height,", "torch.arange(1, height + 1,", "rope"),
+    Mutant("CLS rotated", "rotation", "rows = qkv[:, prefix:,", "rows = qkv[:, : qkv.shape[1] - prefix,", "attention"),
+    Mutant("positions not gathered", "rope", "return table[0][index]", "return table[:, : index.shape[1]].expand(len(index), -1, -1, -1, -1)", "rope"),
+    Mutant("table in bfloat16", "rope", "* self.magnitude(grid_size)\n", "* self.magnitude(grid_size)\n            table = table.bfloat16().float()\n", "rope_module"),
+    Mutant("strategy ignored", "rope", "rescaled(base, self.strategy,", 'rescaled(base, "extrapolate",', "rope"),
+    Mutant("strategy left out of the cache's key", "rope", "layer, self.strategy, str(device))", "layer, str(device))", "rope"),
+    Mutant("no half-patch offset", "frequencies", "((scaled - base) / 2).sum(0)", "((scaled - base) / 2).sum(0) * 0", "rope"),
+    Mutant("no temperature under ntk_by_parts", "frequencies", "1 + 0.05 *", "1 + 0 *", "rope"),
+    Mutant("table of inference mode cached", "rope", "with torch.inference_mode(False):", "if True:", "rope_module"),
+    Mutant("learned theta taken for a constant", "rope", "self.log_theta[which].float()", "self.log_theta[which].detach().float()", "rope_module"),
+    Mutant("gradient turned the wrong way", "rotation", "torch.view_as_complex(table).conj()", "torch.view_as_complex(table)", "attention_module"),
+    Mutant("second derivative turned the wrong way", "rotation", "[1.0, -1.0]", "[1.0, 1.0]", "attention_module"),
+    Mutant("hooks see rotated values", "attention", "not _hooked(linear) and ", "", "attention_module"),
+    Mutant("attention mask ignored", "attention", "attn_mask=attn_mask, dropout_p", "attn_mask=None, dropout_p", "attention"),
+    # encoders
+    Mutant("prefix always one token", "encoders", "add_rope(block, rope, layer, self.num_prefix_tokens)", "add_rope(block, rope, layer, min(1, self.num_prefix_tokens))", "encoders"),
+    Mutant("norm_pre dropped", "encoders", "        x = self.vit.norm_pre(x)\n", "", "encoders"),
+    Mutant("surplus tokens attended to", "encoders", "attn_mask = ~keys[:, None, None, :]", "attn_mask = None", "context"),
+    Mutant("coordinates augmented in eval mode", "encoders", "self.training and self.rope.augments", "self.rope.augments", "context"),
+    # the target
+    Mutant("EMA the wrong way round", "encoders", "for n in floats], 1 - momentum)", "for n in floats], momentum)", "target"),
+    Mutant("EMA momentum does not rise", "encoders", "min(max(step / self.ema_steps, 0.0), 1.0)", "0.0", "target"),
+    Mutant("EMA leaves buffers out", "encoders", "[*module.named_parameters(), *module.named_buffers()]", "module.named_parameters()", "target"),
+    Mutant("target not a copy", "encoders", "    target.load_state_dict(context.state_dict())\n", "", "target"),
+    Mutant("target in training mode", "encoders", "super().train(False)", "super().train(mode)", "target"),
+    # masks
+    Mutant("context keeps target patches", "masks", "generator) & ~hidden", "generator)", "masks"),
+    Mutant("coarse targets that the context sees into", "masks", SEEN, "_any_in_cell(hidden, level)", "masks"),
+    Mutant("masks beside the seed", "masks", "torch.rand(allowed.shape, generator=generator)", "torch.rand(allowed.shape)", "masks"),
+    # pooling, predictor, loss
+    Mutant("pooling on the transposed grid", "model", "patches.unflatten(1, grid_size)", "patches.unflatten(1, grid_size[::-1])", "model"),
+    Mutant("border cells cut off", "model", "ceil_mode=True", "ceil_mode=False", "model"),
+    Mutant("cell at its corner", "model", "pool_to_level(positions[None], grid_size, level)[0]", "pool_to_level(positions[None], grid_size, level)[0].floor()", "model"),
+    Mutant("targets not normed", "model", "F.layer_norm(patches, patches.shape[-1:])", "patches", "model"),
+    Mutant("level weights ignored", "model", "losses.new_tensor(self.level_weights)", "torch.ones_like(losses)", "model"),
+    Mutant("predictor without places", "predictor", "self.rope.tables(grid, positions=positions)", "self.rope.tables(grid, positions=0 * positions)", "predictor"),
+    Mutant("fractions rounded away", "predictor", "*query_positions), dim=1).float()", "*query_positions), dim=1).float().round()", "predictor"),
+    # evaluation
+    Mutant("prefix tokens in the pooled features", "evaluate", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
+    Mutant("nearest by dot product", "metrics", "(F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk", "(queries @ gallery.T).topk", "metrics"),
+    Mutant("effective rank not centred", "metrics", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
+]  # fmt: skip
+
+
+def applies(mutant: Mutant) -> bool:
+    """Whether the text to replace is in the source exactly once."""
+    return (ROOT / "hjepa" / f"{mutant.module}.py").read_text().count(mutant.old) == 1
+
+
+def run_tests(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
+    """pytest's exit code and last line on a copy of the package, mutated or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("hjepa", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant is not None:
+            source = copy / "hjepa" / f"{mutant.module}.py"
+            source.write_text(source.read_text().replace(mutant.old, mutant.new))
+        files = [f"tests/test_{name}.py" for name in tests]
+        command = [sys.executable, "-m", "pytest", *files, "-x", "-q", "-p", "no:cacheprovider", "--noconftest"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    return done.returncode, next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "no output")
+
+
+def judge(mutant: Mutant) -> tuple[bool, str]:
+    """Whether the mutant was caught, and a line that says so."""
+    started = time.perf_counter()
+    if not applies(mutant):
+        return False, f"GONE      {mutant.name}: the text is not in hjepa/{mutant.module}.py exactly once"
+    code, last = run_tests(mutant, [mutant.tests])
+    word = {0: "SURVIVED", 1: "caught"}.get(code, "BROKEN")
+    return code == 1, f"{word:9} {mutant.name} (test_{mutant.tests}.py, {time.perf_counter() - started:.0f} s) {last}"
+
+
+def main(words: list[str]) -> int:
+    """Judge the mutants, print a line for each, return the exit code."""
+    chosen = [m for m in MUTANTS if not words or any(word.lower() in m.name.lower() for word in words)]
+    if not chosen:
+        print(f"no mutant has one of these words in its name: {' '.join(words)}")
+        return 2
+    with ThreadPoolExecutor(2) as pool:
+        unchanged = pool.submit(run_tests, None, sorted({m.tests for m in chosen}))
+        verdicts = []
+        for caught, line in pool.map(judge, chosen):
+            verdicts.append(caught)
+            print(line, flush=True)
+        code, last = unchanged.result()
+    print(f"{'passed' if code == 0 else 'FAILED':9} unchanged copy: {last}")
+    print(f"{sum(verdicts)} of {len(verdicts)} mutants caught")
+    return 0 if all(verdicts) and code == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
