@@ -1,0 +1,109 @@
+"""Claims of hjepa.train and hjepa.sharding about several processes, on a CPU with gloo."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hjepa import train as train_module
+from hjepa.checkpoint import latest_checkpoint
+from hjepa.runlog import read_log
+from hjepa.sharding import fsdp_plugin
+from hjepa.train import train
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(train_module.__file__).parents[1])}
+ROPE = ("model.rope.use_rope=true", "model.rope.theta=100", "model.rope.jitter=1.5", "model.rope.rescale=2.0")
+
+
+def column(run: Path, name: str) -> torch.Tensor:
+    return torch.tensor([row[name] for row in read_log(run) if name in row])
+
+
+def test_torchrun_that_accelerate_does_not_see_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train_module, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(RuntimeError, match="started 2 processes, Accelerate sees 1"):
+        train_module._accelerator("no", 1)
+
+
+def test_fsdp_is_asked_for_by_accelerates_word_and_keeps_rotation_tables_in_float32(monkeypatch):
+    assert fsdp_plugin("bf16") is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    plugin = fsdp_plugin("bf16")
+    assert (plugin.fsdp_version, plugin.transformer_cls_names_to_wrap) == (2, ["Block"])
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not policy.cast_forward_inputs
+
+
+CUT = """
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+def prepare(self, model, optimizer):  # what Accelerate's FSDP does on GPUs
+    for part in (model.context_encoder.vit, model.target_encoder.vit, model.predictor):
+        for block in part.blocks:
+            fully_shard(block)
+    fully_shard(model)
+    cut = type(optimizer)(parameter_groups(model, 0.05), fused=True)
+    return model, self.prepare_optimizer(cut)
+from hjepa.build import parameter_groups
+Accelerator.prepare = prepare
+import sys
+from hjepa.config import load_config
+from hjepa.train import train
+config = load_config(f"{sys.argv[1]}/one/config.yaml")
+train(config, f"{sys.argv[1]}/cut", progress=False)
+train(config, f"{sys.argv[1]}/resumed", resume=True, progress=False)
+"""
+
+
+def torchrun(script: str, folder: Path) -> None:
+    (folder / "script.py").write_text(script)
+    launch([str(folder / "script.py"), str(folder)])
+
+
+def launch(words: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tiny, tmp_path):
+    """By the command line, and with a regularizer, which is a statistic of the global batch."""
+    config = tiny("train.steps=5", *ROPE, "loss.regularizer=variance", "loss.regularizer_weight=0.1")
+    train(config, tmp_path / "one", progress=False)
+    words = ["hjepa", "train", "--config", str(tmp_path / "one/config.yaml"), "--run", str(tmp_path / "two")]
+    launch(["-m", "--", *words])  # without "--", torchrun takes --run for a beginning of its own --run-path
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["processes"] == 2
+    for name in ("loss", "loss_level_0", "loss_level_1", "regularizer"):
+        torch.testing.assert_close(column(tmp_path / "two", name), column(tmp_path / "one", name), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_model_cut_over_two_processes_equals_a_whole_one(tiny, tmp_path):
+    """FSDP: same losses, measures and checkpoints; a cut run goes on from a whole one's checkpoint, and back."""
+    config = tiny("train.steps=6", "train.checkpoint_every=3", *ROPE)
+    train(config, tmp_path / "one", progress=False)
+    for name in ("resumed", "back"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints/step_00000006")
+    torchrun(CUT, tmp_path)
+    shutil.copytree(tmp_path / "cut/checkpoints", tmp_path / "back/checkpoints", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "back/checkpoints/step_00000006")
+    train(config, tmp_path / "back", resume=True, progress=False)
+    expected = read_log(tmp_path / "one")
+    for name in ("cut", "resumed", "back"):
+        torch.testing.assert_close(column(tmp_path / name, "loss"), column(tmp_path / "one", "loss"), atol=1e-5, rtol=0)
+        for row, other in zip(expected, read_log(tmp_path / name), strict=True):
+            assert other.get("effective_rank", 0) == pytest.approx(row.get("effective_rank", 0), rel=1e-3)
+        for key, tensor in load_file(latest_checkpoint(tmp_path / "one") / "model.safetensors").items():
+            found = load_file(latest_checkpoint(tmp_path / name) / "model.safetensors")[key]
+            torch.testing.assert_close(found, tensor, atol=1e-4, rtol=0)
