@@ -2,14 +2,15 @@
 
 Data flows one way, and so do imports; each line is a module, top to bottom:
 
+    checks                             what callers hand to the layers, refused by name
     openmoji imagefiles sources data   pictures by name, at any image size
     masks                              patch grid -> context_idx, target_idx per level
-    frequencies rope                   positions -> frequencies -> rotation table
-    attention vit checks encoders      timm attention rotated; ContextEncoder, TargetEncoder
+    frequencies rotation rope          positions -> frequencies -> rotation table
+    attention vit encoders             timm attention rotated; ContextEncoder, TargetEncoder
     predictor model                    queries (level, position) -> features; HJEPA and its loss
     reading tables rules config        YAML -> typed configuration
     schedule build                     config -> model, pictures and masks of step t
-    storage checkpoint                 weights on disk, plain timm exports
+    sharding storage checkpoint        weights on disk, plain timm exports
     metrics evaluate                   frozen features -> kNN, probe, retrieval, rank at any size
     runlog train                       the training loop: hjepa.train.train
     runs notebooks sweep tour          notebooks over grids of parameters, fresh folders
