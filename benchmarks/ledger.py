@@ -26,6 +26,7 @@ VERDICTS = ("holds", "holds when", "does not hold", "not settled yet")
 LEDGER = "results/claims.json"
 STALE = "results/claims.json is older than the results it quotes: run python -m benchmarks.ledger, then notebook 10"
 TRAIN_SIZES = {"openmoji": 64, "fashion_mnist": 16}
+TABLES = ("results/sweeps/baseline.csv", "results/sweeps/baseline/table.csv", "results/tour-*/table.csv")
 ROPE, TABLE = "rope, interpolated", "absolute, resampled"  # the readings compared, fixed before looking
 
 
@@ -87,21 +88,32 @@ def _overhead_from_bench(row: Claim, root: Path, what: str) -> Claim:
     path = root / "benchmarks" / "results.json"
     if not path.exists():
         return _unsettled(row, "no committed measurement")
-    cases = bench_ratios(json.loads(path.read_text(encoding="utf-8")), what)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["environment"]["quick"]:
+        return _unsettled(row, "the committed benchmark is a quick run, whose numbers mean nothing")
+    cases = bench_ratios(results, what)
     return overhead(row, cases) if cases else _unsettled(row, "not in the committed benchmark")
 
 
 def bench_ratios(results: Mapping[str, Any], what: str) -> dict[str, dict[str, float]]:
-    """Ratios of RoPE on to off in the benchmark's results: {model: {median, low, high}}."""
-    return {}
+    """Ratios of RoPE on to off, float32 on one thread, by model: {"ViT-S": {median, low, high}, ..}."""
+    ends = ", float32, " + {"forward": "forward", "training": "forward + backward"}[what]
+    found = {}
+    for entry in results["entries"]:
+        if entry["section"] == "encoders" and entry["title"].endswith(ends) and entry["threads"] == 1:
+            found[entry["title"].removesuffix(ends)] = entry["rows"]["RoPE on"]["ratio"]
+    return found
 
 
 def gains(rows: Sequence[Row], train_size: int) -> list[Row]:
     """RoPE's probe accuracy minus the table's, in points, per seed and size other than the training size."""
-    keep = [row for row in rows if row["metric"] == "probe" and row["size"] != (train_size, train_size)]
     found: dict[tuple, dict[str, float]] = {}
-    for row in keep:
-        found.setdefault((row.get("seed", 0), row["size"]), {})[row["encoder"]] = row["value"]
+    for row in rows:
+        if row["metric"] == "probe" and row["size"] != (train_size, train_size):
+            readers = found.setdefault((row.get("seed", 0), row["size"]), {})
+            if row["encoder"] in readers:
+                raise ValueError(f"{row['encoder']!r} stands twice for seed {row.get('seed', 0)} at {row['size']}")
+            readers[row["encoder"]] = row["value"]
     return [
         {"encoder": "gain", "metric": "probe", "size": size, "seed": seed, "value": 100 * (v[ROPE] - v[TABLE]),
          "relative": 100 * (v[ROPE] / v[TABLE] - 1), "low": math.nan, "high": math.nan}
@@ -110,15 +122,16 @@ def gains(rows: Sequence[Row], train_size: int) -> list[Row]:
 
 
 def better_transfer(row: Claim, root: Path) -> Claim:
-    """The gain at unseen sizes from results/tour-*/table.csv and results/sweeps/*.csv, one data set at a time."""
-    texts, values, settled = [], {}, []
-    for path in [*sorted(root.glob("results/sweeps/*.csv")), *sorted(root.glob("results/tour-*/table.csv"))]:
+    """The gain at unseen sizes from the baseline sweep, or of one seed from a tour, by data set."""
+    texts, settled = [], []
+    values: dict[str, Any] = {}
+    for path in (path for pattern in TABLES for path in sorted(root.glob(pattern))):
         rows = rows_from_csv(path)
         for data in sorted({row["data"] for row in rows if row.get("data") in TRAIN_SIZES}):
             found = gains([row for row in rows if row["data"] == data], TRAIN_SIZES[data])
             if found and f"{data}_seeds" not in values:  # sweeps first: a tour is one seed of the same comparison
                 texts.append(_describe(data, found, values))
-                settled.append((data, [r for r in _over_seeds(found)]))
+                settled.append((data, _over_seeds(found)))
     if not texts:
         return _unsettled(row, "no committed result")
     return row | {"values": values, "number": "; ".join(texts), "verdict": transfer_verdict(settled)}

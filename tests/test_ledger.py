@@ -1,12 +1,13 @@
 """The ledger of claims: every row is whole, a wrong number is refused, verdicts follow from the numbers."""
 
+import json
 from pathlib import Path
 
 import pytest
 import test_claims
 from test_claims import LEDGER
 
-from benchmarks import ledger
+from benchmarks import ledger, timing
 from hjepa.tables import rows_to_csv
 
 
@@ -64,3 +65,18 @@ def test_overhead_holds_where_the_upper_quartile_does() -> None:
     assert both["verdict"] == "holds when the model is ViT-S"
     assert ledger.number(both) == "ViT-S: +1.0 % [+0.0, +3.0]; ViT-Ti: +6.0 % [+4.0, +9.0]"
     assert ledger.overhead(row, {"ViT-Ti": dear})["verdict"] == "does not hold"
+
+
+def test_overhead_is_read_from_what_the_benchmark_writes(tmp_path: Path) -> None:
+    calls = {"RoPE off": lambda: sum(range(2000)), "RoPE on": lambda: sum(range(2000))}
+    titles = ["ViT-S, float32, forward", "ViT-S, float32, forward + backward", "ViT-S, bfloat16, forward"]
+    entries = [timing.compare("encoders", title, calls, rounds=3, shortest=1e-4) for title in titles]
+    wanted = entries[0]["rows"]["RoPE on"]["ratio"] = {"median": 1.01, "low": 1.005, "high": 1.02}
+    results = {"environment": {"quick": False}, "entries": entries}
+    assert ledger.bench_ratios(results, "forward") == {"ViT-S": wanted}
+    assert ledger.bench_ratios(results, "training") == {"ViT-S": entries[1]["rows"]["RoPE on"]["ratio"]}
+    (tmp_path / "benchmarks").mkdir()
+    for quick, verdict in ((False, "holds"), (True, "not settled yet")):
+        results["environment"] = {"quick": quick}
+        (tmp_path / "benchmarks" / "results.json").write_text(json.dumps(results))
+        assert ledger.forward_overhead(LEDGER["forward_overhead"], tmp_path)["verdict"] == verdict
