@@ -11,17 +11,26 @@ replacement whose text is no longer in the source. One copy stays unchanged, and
 Not covered: breaking several things at once, and mutants made by chance.
 """
 
+import contextlib
+import importlib
+import io
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {ROOT, ROOT / "tests"}
+# Slow imports, done once: each mutant is a fork of a process that has them and has not seen hjepa.
+PRELOADED = ("torch", "timm", "hypothesis", "safetensors.torch", "sklearn.linear_model", "sklearn.decomposition",
+             "omegaconf", "threadpoolctl", "torch._functorch.eager_transforms")  # fmt: skip
+UNREWRITTEN = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # hypothesis is loaded before pytest starts
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def applies(mutant: Mutant) -> bool:
 
 
 def run_tests(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
-    """pytest's exit code and last line on a copy of the package, mutated or not."""
+    """pytest's exit code and last line on a copy of the package, mutated or not. Once per process: it imports hjepa."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("hjepa", "tests"):
@@ -104,10 +113,14 @@ def run_tests(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
             source = copy / "hjepa" / f"{mutant.module}.py"
             source.write_text(source.read_text().replace(mutant.old, mutant.new))
         files = [f"tests/test_{name}.py" for name in tests]
-        command = [sys.executable, "-m", "pytest", *files, "-x", "-q", "-p", "no:cacheprovider", "--noconftest"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    return done.returncode, next((line for line in reversed(done.stdout.splitlines()) if line.strip()), "no output")
+        sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry or ".").resolve() not in OURS)]
+        sys.dont_write_bytecode = True
+        os.chdir(copy)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = pytest.main([*files, "-x", "-q", "-p", "no:cacheprovider", "--noconftest", *UNREWRITTEN])
+        os.chdir(ROOT)
+    return int(code), next((line for line in reversed(said.getvalue().splitlines()) if line.strip()), "no output")
 
 
 def judge(mutant: Mutant) -> tuple[bool, str]:
@@ -126,13 +139,16 @@ def main(words: list[str]) -> int:
     if not chosen:
         print(f"no mutant has one of these words in its name: {' '.join(words)}")
         return 2
-    with ThreadPoolExecutor(2) as pool:
-        unchanged = pool.submit(run_tests, None, sorted({m.tests for m in chosen}))
-        verdicts = []
-        for caught, line in pool.map(judge, chosen):
+    for name in PRELOADED:
+        importlib.import_module(name)
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        unchanged = pool.apply_async(run_tests, (None, sorted({m.tests for m in chosen})))
+        verdicts, lines = [], pool.imap(judge, chosen, chunksize=1)
+        for _ in chosen:
+            caught, line = lines.next(timeout=600)  # a crashed process would never answer
             verdicts.append(caught)
             print(line, flush=True)
-        code, last = unchanged.result()
+        code, last = unchanged.get(timeout=600)
     print(f"{'passed' if code == 0 else 'FAILED':9} unchanged copy: {last}")
     print(f"{sum(verdicts)} of {len(verdicts)} mutants caught")
     return 0 if all(verdicts) and code == 0 else 1
