@@ -15,10 +15,10 @@ HYGIENE := --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
 .DEFAULT_GOAL := help
-.PHONY: help env tour lab test lint bench site
+.PHONY: help env tour lab test lint mutants bench site
 
 help:  ## this list
-	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(READY)  ## make .venv, or bring it up to date with pyproject.toml
 
@@ -44,6 +44,9 @@ lint: $(READY)  ## style, types, notebooks without stray metadata
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/nbstripout --verify $(HYGIENE) notebooks/*.ipynb
+
+mutants: $(READY)  ## break the code on purpose, and see that the tests notice
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(ARGS)
 
 bench: $(READY)  ## time the package against its peers
 	$(BIN)/python -m benchmarks $(ARGS)
