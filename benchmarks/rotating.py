@@ -82,18 +82,17 @@ def forward_backward(module: Callable[[Tensor], Tensor], x: Tensor, parameters: 
 
 def encoders(setup: Setup) -> Iterator[Entry]:
     """RoPE on against off (which is plain timm), whole encoders."""
-    single, double = torch.float32, torch.bfloat16
+    single, half = torch.float32, torch.bfloat16
     cases = [  # model, dtype, pass, threads, rounds, aim
-        ("ViT-S", single, "forward", 1, 14, 1.03),
-        ("ViT-S", single, "forward", 2, 14, 1.03),
-        ("ViT-S", single, "forward + backward", 1, 9, 1.03),
-        ("ViT-S", single, "forward + backward", 2, 9, 1.03),
-        ("ViT-S", double, "forward", 1, 14, 1.05),
-        ("ViT-S", double, "forward", 2, 14, 1.05),
-        ("ViT-Ti", single, "forward", 1, 14, 1.05),
-        ("ViT-Ti", single, "forward + backward", 1, 9, None),
-        ("ViT-B", single, "forward", 1, 7, 1.02),
-        ("ViT-B", single, "forward", 2, 7, None),
+        ("ViT-S", single, "forward", 1, 11, 1.03),
+        ("ViT-S", single, "forward", 2, 11, 1.03),
+        ("ViT-S", single, "forward + backward", 1, 7, 1.03),
+        ("ViT-S", single, "forward + backward", 2, 7, 1.03),
+        ("ViT-S", half, "forward", 1, 13, 1.05),
+        ("ViT-S", half, "forward", 2, 13, 1.05),
+        ("ViT-Ti", single, "forward", 1, 13, 1.05),
+        ("ViT-Ti", single, "forward + backward", 1, 7, None),
+        ("ViT-B", single, "forward", 1, 5, 1.02),
     ]
     for model, dtype, what, count, rounds, aim in cases:
         x, variants = setup.images(dtype), {}
@@ -111,11 +110,11 @@ def compiled(setup: Setup) -> Iterator[Entry]:
     """The same through torch.compile. A quick run leaves the code generation out."""
     x, variants = setup.images(torch.bfloat16), {}
     for name in ("RoPE off", "RoPE on"):
-        encoder = setup.encoder("ViT-S", name == "RoPE on", depth=1 if setup.quick else 4).bfloat16()
+        encoder = setup.encoder("ViT-S", name == "RoPE on", depth=1 if setup.quick else 3).bfloat16()
         backend = "eager" if setup.quick else "inductor"
         variants[name] = forward(torch.compile(encoder, fullgraph=True, backend=backend), x)
     yield compare(
-        "compiled", "ViT-S of 4 layers, bfloat16, forward, compiled", variants, rounds=setup.rounds(40),
+        "compiled", "ViT-S of 3 layers, bfloat16, forward, compiled", variants, rounds=setup.rounds(40),
         shortest=setup.shortest, at_most={"RoPE on": 1.02},
     )  # fmt: skip
 
@@ -205,7 +204,7 @@ def against_peers(setup: Setup) -> Iterator[Entry]:
     x = setup.images()
     yield compare(
         "peers", "ViT-S, float32, forward", {name: forward(model, x) for name, model in (models | others).items()},
-        rounds=setup.rounds(6), shortest=setup.shortest,
+        rounds=setup.rounds(5), shortest=setup.shortest,
     )  # fmt: skip
 
 

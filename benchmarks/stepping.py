@@ -87,7 +87,7 @@ def configs(setup: Setup) -> dict[str, Config]:
 
 def step(setup: Setup) -> Iterator[Entry]:
     """Whole steps: bfloat16 against float32, tokens kept against dropped, and the limit set by matrix products."""
-    for (name, config), least, rounds in zip(configs(setup).items(), (None, 0.6), (14, 6), strict=True):
+    for (name, config), least, rounds in zip(configs(setup).items(), (None, 0.6), (13, 4), strict=True):
         trainers = {
             "hidden tokens dropped": Trainer(config),
             "all tokens kept": Trainer(config, drop=False),
@@ -105,7 +105,7 @@ def step(setup: Setup) -> Iterator[Entry]:
             seconds = result["rows"]["hidden tokens dropped"]["seconds"]["median"]
             tag = f"{name}, {count} thread{'s' * (count > 1)}"
             yield value("step", f"images per second, {tag}", config.train.batch_size / seconds, "images/s")
-            limit = products(trainers["hidden tokens dropped"], count, setup.rounds(rounds))
+            limit = products(trainers["hidden tokens dropped"], count, setup.rounds(3))
             share = limit / seconds
             yield value("step", f"matrix products' share of the step, {tag}", share, "share", at_least=least)
         yield value("step", f"peak memory per image, {name}", peak_mib(trainers["hidden tokens dropped"]), "MiB")
@@ -161,7 +161,7 @@ def dropping(setup: Setup) -> Iterator[Entry]:
         calls: dict[str, Any] = {"hidden tokens dropped": some, "all tokens kept": encoder}
         variants = {k: forward_backward(call, trainer.images, encoder.parameters()) for k, call in calls.items()}
         yield compare(
-            "dropping", f"context encoder, {name}, forward + backward", variants, rounds=setup.rounds(8),
+            "dropping", f"context encoder, {name}, forward + backward", variants, rounds=setup.rounds(4),
             shortest=setup.shortest, at_least={"all tokens kept": 1.4},
         )  # fmt: skip
 
@@ -173,7 +173,7 @@ def masks(setup: Setup) -> Iterator[Entry]:
         yield compare(
             "masks", f"mask sampling, {name}",
             {"step": partial(trainer.step, 0), "masks": partial(trainer.masks, 0)},
-            rounds=setup.rounds(7), shortest=setup.shortest, at_most={"masks": 0.01},
+            rounds=setup.rounds(3), shortest=setup.shortest, at_most={"masks": 0.01},
         )  # fmt: skip
 
 

@@ -1,0 +1,140 @@
+"""The benchmark: ratios survive a machine that changes speed, peers do the same work, files say what was measured."""
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import peers, report, run, timing
+from benchmarks.__main__ import main
+from benchmarks.rotating import saved_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMITTED = ROOT / "benchmarks" / "results.json"
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    if not COMMITTED.exists():
+        pytest.skip("benchmarks/results.json is not there yet: make bench writes it")
+    return json.loads(COMMITTED.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def quick() -> tuple[dict[str, Any], float]:
+    """The results of a quick run and the seconds of processor time it took."""
+    start = time.process_time()
+    measured = run.rounded(run.run(quick=True, say=lambda line: None))
+    return measured, time.process_time() - start
+
+
+def test_ratio_is_taken_within_a_round_so_a_slowing_machine_does_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = itertools.count()
+    slowness = (1.0, 3.0, 9.0)  # of the machine, round by round; a round has two samples, as the calibration before it
+    monkeypatch.setattr(timing, "sample", lambda call, clock, repeats: call() * slowness[next(samples) // 2 % 3])
+    rows = timing.compare("x", "x", {"base": lambda: 1.0, "double": lambda: 2.0}, rounds=9)["rows"]
+    assert rows["base"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert rows["double"]["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert rows["double"]["seconds"] == {"median": 6.0, "low": 2.0, "high": 18.0}
+
+
+def test_variants_take_turns_at_going_first_and_threads_are_put_back() -> None:
+    calls: list[str] = []
+    before = torch.get_num_threads()
+    variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timing.compare("x", "x", variants, rounds=3, shortest=0, thread_count=before + 1)
+    assert "".join(calls[-9:]) == "abcbcacab"
+    assert torch.get_num_threads() == before
+
+
+def test_an_aim_is_reached_up_to_its_bound() -> None:
+    assert timing.met({"at_most": 1.03, "at_least": None}, 1.03) and timing.met({"at_most": None, "at_least": 0.6}, 0.6)
+    assert not timing.met({"at_most": 1.03, "at_least": None}, 1.04)
+    assert timing.met({"at_most": None, "at_least": None}, 7.0) is None
+
+
+def test_saved_bytes_counts_a_storage_once_and_no_parameter() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x @ self.weight  # saves x (and the weight)
+            return (y * y.view(2, 4)).sin()  # saves y twice, and the product
+
+    assert saved_bytes(Twice(), torch.ones(2, 4)) == 3 * 2 * 4 * 4
+
+
+def test_the_peers_do_the_work_that_is_timed() -> None:
+    turns = peers.rotations(4, 2, 8, torch.float32)
+    qkv = torch.randn(2, 16, 3 * 2 * 8)
+    found = {name: turn(qkv.clone()) for name, turn in turns.items()}
+    for name in ("hjepa, in place", "hjepa, out of place", "rotary-embedding-torch", "textbook"):
+        for part, other in zip(found[name], found["timm"], strict=True):
+            torch.testing.assert_close(part, other, atol=1e-5, rtol=0)
+    halves = qkv.unflatten(-1, (6, 4, 2)).transpose(-1, -2).flatten(2)  # DINOv3 pairs (i, i + D/2)
+    q, k, _ = turns["transformers DINOv3"](halves)
+    for part, other in zip((q, k), found["timm"][:2], strict=True):
+        torch.testing.assert_close(part.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2), other, atol=1e-5, rtol=0)
+    layers = peers.attention_layers(4, 2, 8, torch.float32)
+    x = torch.randn(2, 17, 16)
+    states = [layers[name].state_dict() for name in ("hjepa", "textbook", "rotary-embedding-torch")]  # type: ignore[attr-defined]
+    layers["textbook"].load_state_dict(states[0])  # type: ignore[attr-defined]
+    layers["rotary-embedding-torch"].attn.load_state_dict(states[0])  # type: ignore[attr-defined]
+    for name in ("textbook", "rotary-embedding-torch"):
+        torch.testing.assert_close(layers[name](x), layers["hjepa"](x), atol=1e-5, rtol=0)
+
+
+def test_a_quick_run_measures_every_section_in_under_twenty_seconds(quick: tuple[dict[str, Any], float]) -> None:
+    measured, seconds = quick
+    assert seconds < 20
+    assert {entry["section"] for entry in measured["entries"]} == set(run.SECTIONS) == set(report.TITLES)
+    check_numbers(measured)
+
+
+def check_numbers(results: dict[str, Any]) -> None:
+    for entry in results["entries"]:
+        for row in entry.get("rows", {}).values():
+            for numbers in (row["seconds"], row["ratio"]):
+                assert 0 < numbers["low"] <= numbers["median"] <= numbers["high"]
+
+
+def test_table_headline_and_figure_can_be_made_of_any_run(quick: tuple[dict[str, Any], float], tmp_path: Path) -> None:
+    measured = json.loads(json.dumps(quick[0]))
+    report.write(measured, tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert text == report.markdown(measured) and "QUICK RUN" in text and (tmp_path / "results.png").stat().st_size > 0
+    assert all(f"## {title}" in text for title in report.TITLES.values())
+    assert report.percent(report.comparison(measured, "ViT-S, float32, forward")) in report.headline(measured)
+    left, right = report.figure(measured).axes
+    assert len(left.get_yticklabels()) == len(report.section(measured, "encoders"))
+    assert {label.get_text() for label in right.get_yticklabels()} == {"hjepa", *peers.PEERS}
+
+
+def test_committed_results_are_a_full_run_of_this_code_with_conditions(
+    results: dict[str, Any], quick: tuple[dict[str, Any], float]
+) -> None:
+    env = results["environment"]
+    assert not env["quick"] and env["processor"] and env["cores"] and env["load_before"] is not None
+    assert set(env["packages"]) == set(run.PACKAGES)
+    assert [name for name in run.SECTIONS if not report.section(results, name)] == []
+    check_numbers(results)
+    now, then = (sorted((e["section"], e.get("threads", 0)) for e in r["entries"]) for r in (quick[0], results))
+    assert now == then, "benchmarks/results.json is older than the code: run make bench"
+
+
+def test_table_and_readme_quote_the_committed_results(results: dict[str, Any]) -> None:
+    assert (ROOT / "benchmarks" / "results.md").read_text(encoding="utf-8") == report.markdown(results)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert {line for line in readme if line.startswith("| ViT-")} <= set(report.headline(results).splitlines())
+
+
+def test_an_unknown_section_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "rotations"]) == 2
+    assert "'rotations'" in capsys.readouterr().err and main(["--only", "nothing"]) == 2
