@@ -55,7 +55,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict, uncut, on the CPU of the main process; empty elsewhere."""
-    return get_model_state_dict(model, options=WHOLE)
+    return get_model_state_dict(model, options=WHOLE)  # type: ignore[return-value]
 
 
 def whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def load_whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, sta
         "state": {names[i]: values for i, values in state["state"].items()},
         "param_groups": [g | own for g, own in zip(state["param_groups"], groups, strict=True)],
     }
-    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))  # type: ignore[arg-type]
 
 
 def _names(groups: list[dict[str, Any]]) -> list[str]:
