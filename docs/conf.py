@@ -13,7 +13,7 @@ project = "hjepa"
 author = "hjepa authors"
 copyright = "hjepa authors, MIT licence"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints", "results/**"]
 nb_execution_mode = "off"  # the outputs are committed, and `make test` compares them
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 myst_enable_extensions = ["dollarmath", "amsmath"]
@@ -24,3 +24,23 @@ napoleon_google_docstring = True
 html_theme = "furo"
 html_title = "hjepa"
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"]
+
+
+def keep_layout(app, what, name, obj, options, lines: list[str]) -> None:
+    """Indented blocks of a module's docstring are drawings and tables: show them as they stand."""
+    if what != "module":
+        return
+    shown: list[str] = []
+    for line in lines:
+        indented, inside = line.startswith("    "), bool(shown) and shown[-1].startswith("    ")
+        if indented and not inside:
+            shown += ["", "::", ""]
+        elif inside and line and not indented:
+            shown.append("")
+        shown.append(line)
+    lines[:] = shown
+
+
+def setup(app) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", keep_layout)
