@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from hjepa.config import Config, load_config
@@ -18,6 +19,8 @@ TINY = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
+    settings.load_profile("repeatable")
     config.addinivalue_line("markers", "slow: starts processes and takes more than ten seconds")
 
 

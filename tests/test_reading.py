@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa.reading import LONGEST_FILE, nearest, parse_yaml, read_yaml
+from hjepa.reading import FLOAT, LONGEST_FILE, nearest, parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,12 @@ def test_any_text_gives_values_or_a_value_error(text):
         assert str(error).startswith("fuzz: ") and "\n" not in str(error)
 
 
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+# PyYAML writes words such as 0E0 bare, which are numbers by the 1.2 rules that are read here
+WORDS = st.text().filter(lambda word: not FLOAT.match(word))
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | WORDS
 
 
-@given(st.recursive(LEAVES, lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(), some, max_size=3)))
+@given(st.recursive(LEAVES, lambda some: st.lists(some, max_size=3) | st.dictionaries(WORDS, some, max_size=3)))
 def test_reads_back_what_yaml_writes(value):
     text = yaml.safe_dump(value)
     try:
