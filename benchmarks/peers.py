@@ -63,7 +63,7 @@ class TextbookAttention(nn.Module):
 
 def rotations(side: int, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Rotation]:
     """By name, from qkv `[B, side^2, 3 * heads * dim]` to q, k (rotated) and v. The first is the base of ratios."""
-    from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+    from rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb  # type: ignore[import-untyped]
     from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
     grid, table = (side, side), VisionRoPE2D(dim, 16, side).table((side, side))

@@ -52,8 +52,8 @@ def environment(quick: bool) -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "gflops_float32": round(matmul_speed(256 if quick else 1024, torch.float32, 1), 1),
-        "gflops_bfloat16": round(matmul_speed(256 if quick else 1024, torch.bfloat16, 1), 1),
+        "gflops_float32": round(matmul_speed(Setup(quick).matrix, torch.float32, 1), 1),
+        "gflops_bfloat16": round(matmul_speed(Setup(quick).matrix, torch.bfloat16, 1), 1),
         "clock": "process CPU time with 1 thread, wall clock with more",
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }

@@ -93,7 +93,7 @@ def step(setup: Setup) -> Iterator[Entry]:
             "all tokens kept": Trainer(config, drop=False),
             "hidden tokens dropped, bfloat16": Trainer(config, torch.bfloat16),
         }
-        for count in (1, 2):
+        for count in setup.threads:
             for trainer in trainers.values():
                 trainer.count = 0
             result = compare(
@@ -105,7 +105,7 @@ def step(setup: Setup) -> Iterator[Entry]:
             seconds = result["rows"]["hidden tokens dropped"]["seconds"]["median"]
             tag = f"{name}, {count} thread{'s' * (count > 1)}"
             yield value("step", f"images per second, {tag}", config.train.batch_size / seconds, "images/s")
-            limit = products(trainers["hidden tokens dropped"], count, setup.rounds(3))
+            limit = products(trainers["hidden tokens dropped"], count, setup)
             share = limit / seconds
             yield value("step", f"matrix products' share of the step, {tag}", share, "share", at_least=least)
         yield value("step", f"peak memory per image, {name}", peak_mib(trainers["hidden tokens dropped"]), "MiB")
@@ -127,14 +127,14 @@ ATTENTION = {
 }
 
 
-def products(trainer: Trainer, thread_count: int, steps: int) -> float:
+def products(trainer: Trainer, thread_count: int, setup: Setup) -> float:
     """Seconds that a step's matrix products (attention's too) take at the machine's measured speed, mean over steps."""
     flops = []
-    for number in range(steps):
+    for number in range(setup.rounds(3)):
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             trainer.step(number)
         flops.append(counter.get_total_flops())
-    return 1e-9 * sum(flops) / len(flops) / matmul_speed(1024, torch.float32, thread_count)
+    return 1e-9 * sum(flops) / len(flops) / matmul_speed(setup.matrix, torch.float32, thread_count)
 
 
 def peak_mib(trainer: Trainer) -> float:
