@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add(_train, "train one model", epilog="example: hjepa train --config configs/default.yaml train.steps=200")
     train.add_argument("--config", metavar="FILE", help="YAML file; the defaults are in hjepa/config.py")
-    train.add_argument("--run", metavar="FOLDER", help="folder of the run (default: a fresh one in runs/)")
+    train.add_argument(  # torchrun takes --run for its own --run-path: under it say --run-dir
+        "--run", "--run-dir", metavar="FOLDER", help="folder of the run (default: a fresh one in runs/)"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --run")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
 
@@ -99,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add(_export, "write a run's encoder as plain timm weights")
     export.add_argument("run", metavar="RUN", help="folder of the run")
     export.add_argument("out", metavar="OUT", help="folder to write")
+    export.add_argument("--push-to", metavar="USER/NAME", help="also publish it on the Hugging Face hub")
 
     sweep = add(_sweep, "run a notebook over a grid of parameters")
     sweep.add_argument("file", metavar="FILE", help="such as configs/sweeps/NAME.yaml")
@@ -120,7 +123,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ValueError("--resume needs --run FOLDER, the run to go on with")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and not arguments.run:
-        raise ValueError("with several processes name the folder: --run FOLDER")
+        raise ValueError("with several processes name the folder: --run-dir FOLDER")
     before = Path(arguments.run or "", "config.yaml")
     file = before if arguments.resume and not arguments.config and before.is_file() else arguments.config
     config = load_config(file, arguments.overrides)
@@ -196,7 +199,7 @@ def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
 def _export(arguments: argparse.Namespace) -> int:
     from .checkpoint import export_encoder
 
-    print(f"files: {export_encoder(arguments.run, arguments.out)}")
+    print(f"files: {export_encoder(arguments.run, arguments.out, push_to=arguments.push_to)}")
     return 0
 
 

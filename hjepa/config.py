@@ -121,6 +121,7 @@ class TrainConfig:
     log_every: int = 25  # steps between log lines
     eval_every: int = 250  # steps between measures of the features
     checkpoint_every: int = 250  # steps between checkpoints
+    keep_checkpoints: int = 2  # how many of the newest stay on disk
     tensorboard: bool = False  # also write TensorBoard events
     grad_checkpointing: bool = False  # recompute layers in the backward pass: less memory, more time
 

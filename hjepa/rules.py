@@ -23,6 +23,7 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys([f"model.{key}" for key in ("patch_size", "embed_dim", "depth", "num_heads")], 1),
     **dict.fromkeys([f"model.predictor.{key}" for key in ("embed_dim", "depth", "num_heads")], 1),
     **dict.fromkeys([f"train.{key}" for key in ("steps", "batch_size", "accumulate", "threads")], 1),
+    "train.keep_checkpoints": 1,
     **dict.fromkeys([f"train.{key}_every" for key in ("log", "eval", "checkpoint")], 1),
     **dict.fromkeys([f"evaluate.{key}" for key in ("gallery", "queries", "knn_k")], 1),
     **dict.fromkeys(["model.rope.jitter", "model.rope.rescale"], 1),

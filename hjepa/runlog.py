@@ -119,7 +119,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 # a resumed run may differ from its first part in these: they change no number, or only its rounding
 FREE_ON_RESUME = (
     "data.root", "train.accumulate", "train.num_workers", "train.threads", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .config import Config
 from .sharding import is_sharded, load_whole, load_whole_optimizer
 
-FORMAT, VERSION, KEEP = "hjepa-checkpoint", 1, 2
+FORMAT, VERSION = "hjepa-checkpoint", 1
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 
 
@@ -55,7 +55,7 @@ def save_checkpoint(
 
     model, optimizer: the objects or their state dicts (of a cut model: `hjepa.sharding`). extra: JSON values kept
     under "extra" in the state (mean and std of the data, for example). OSError on a full disk or a read-only folder,
-    with the earlier checkpoints untouched.
+    with the earlier checkpoints untouched. Of those, config.train.keep_checkpoints stay, this one included.
     """
     parent = Path(run_dir) / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     earlier = [path for path in _steps(parent) if path.name <= final.name]
-    for old in [*earlier[:-KEEP], *parent.glob(".tmp-*")]:  # the latter from crashes
+    for old in [*earlier[: -config.train.keep_checkpoints], *parent.glob(".tmp-*")]:  # the latter from crashes
         shutil.rmtree(old, ignore_errors=True)
     return final
 

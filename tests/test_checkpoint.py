@@ -24,6 +24,7 @@ from hjepa.checkpoint import (
     read_state,
     save_checkpoint,
 )
+from hjepa.cli import main
 from hjepa.config import save_config
 
 ROPE = ("model.rope.use_rope=true", "model.rope.theta=100")
@@ -123,6 +124,14 @@ def test_a_crash_while_writing_is_invisible_and_cleaned_up_later(tiny, tmp_path,
     assert read_state(latest_checkpoint(tmp_path))["step"] == 10
     save_checkpoint(tmp_path, 20, model, optimizer, tiny())
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000020"]
+
+
+def test_as_many_checkpoints_stay_as_the_config_says(tiny, tmp_path):
+    config = tiny("train.keep_checkpoints=3")
+    model, optimizer = make_run(config, tmp_path)
+    for step in range(11, 16):
+        save_checkpoint(tmp_path, step, model, optimizer, config)
+    assert sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir()) == [13, 14, 15]
 
 
 # ---- refusing
@@ -291,7 +300,7 @@ def test_published_and_loaded_by_name(tiny, tmp_path, monkeypatch):
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(hub.folder / name))
-    export_encoder(tmp_path / "run", tmp_path / "out", push_to="someone/encoder")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--push-to", "someone/encoder"]) == 0
     encoder, _ = load_pretrained("someone/encoder")
     assert same(encoder.state_dict(), load_run(tmp_path / "run")[0].state_dict())
 

@@ -90,7 +90,7 @@ def test_train_without_a_folder_makes_a_fresh_one(tmp_path, monkeypatch):
 
 def test_several_processes_need_a_named_folder(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "name the folder: --run FOLDER" in error_of(["train"], capsys)
+    assert "name the folder: --run-dir FOLDER" in error_of(["train"], capsys)
 
 
 def test_evaluate_reads_the_same_weights_under_each_strategy(run, tmp_path, capsys):

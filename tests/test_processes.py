@@ -80,8 +80,8 @@ def test_two_processes_equal_one(tiny, tmp_path):
     """By the command line, and with a regularizer, which is a statistic of the global batch."""
     config = tiny("train.steps=5", *ROPE, "loss.regularizer=variance", "loss.regularizer_weight=0.1")
     train(config, tmp_path / "one", progress=False)
-    words = ["hjepa", "train", "--config", str(tmp_path / "one/config.yaml"), "--run", str(tmp_path / "two")]
-    launch(["-m", "--", *words])  # without "--", torchrun takes --run for a beginning of its own --run-path
+    words = ["hjepa", "train", "--config", str(tmp_path / "one/config.yaml"), "--run-dir", str(tmp_path / "two")]
+    launch(["-m", *words])
     assert json.loads((tmp_path / "two/metrics.json").read_text())["processes"] == 2
     for name in ("loss", "loss_level_0", "loss_level_1", "regularizer"):
         torch.testing.assert_close(column(tmp_path / "two", name), column(tmp_path / "one", name), atol=1e-4, rtol=0)
