@@ -111,6 +111,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def train_sizes(config: Config) -> list[int]:
+    """The image sides that training draws from, in pixels."""
+    return list(config.data.train_sizes) or [config.data.image_size]
+
+
 def load_split(config: Config, split: str) -> ImageData:
     options = config.data
     return load_data(
@@ -118,7 +123,7 @@ def load_split(config: Config, split: str) -> ImageData:
         split,
         root=options.root,
         path=options.path,
-        image_size=options.image_size,
+        image_size=max(train_sizes(config)),
         limit=options.limit if split == "train" else None,
         on_corrupt=options.on_corrupt,
     )

@@ -95,8 +95,9 @@ def _height_width(size: Size) -> tuple[int, int]:
 class TrainView(Dataset):
     """Training images: a random crop resized to image_size, then a random flip and change of colour.
 
-    Index it with (index, sample_seed) to get float32 [3, image_size, image_size]; equal seeds give equal
-    images and the global random state is left as it was. crop_scale: smallest and largest share of the
+    Index it with (index, sample_seed) to get float32 [3, image_size, image_size], or with (index, sample_seed,
+    side) to get the same crop at another side; equal seeds give equal images and the global random state is left
+    as it was. crop_scale: smallest and largest share of the
     picture's area that a crop keeps (aspect 3/4 to 4/3, Szegedy et al. 2015); color_jitter: 0 is none, 1
     changes brightness, contrast and saturation as strongly as SimCLR (Chen et al. 2020); hue is left alone,
     it would take longer than all the rest. ValueError on values outside these ranges.
@@ -111,8 +112,6 @@ class TrainView(Dataset):
         flip: bool = True,
         color_jitter: float = 0.0,
     ) -> None:
-        from torchvision.transforms import v2
-
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(
                 f"crop_scale {crop_scale!r} must be two numbers with 0 < smallest <= largest <= 1"
@@ -121,20 +120,29 @@ class TrainView(Dataset):
             raise ValueError(f"color_jitter {color_jitter!r} must be between 0 (none) and 1")
         _height_width(image_size)
         self.data, self.image_size = data, image_size
-        steps: list[Any] = [v2.RandomResizedCrop(image_size, scale=tuple(crop_scale), antialias=True)]
-        steps += [v2.RandomHorizontalFlip()] if flip else []
-        if color_jitter > 0:
-            most = 0.8 * color_jitter
-            steps += [v2.ColorJitter(most, most, most)]
-        self.augment = v2.Compose(steps)
+        self.crop_scale, self.flip, self.color_jitter = tuple(crop_scale), flip, color_jitter
+        self.augments: dict[int, Callable[[Tensor], Tensor]] = {}  # by side, made when first asked for
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        index, sample_seed = key
+    def augment(self, side: int) -> Callable[[Tensor], Tensor]:
+        """The random changes that end at [3, side, side]."""
+        from torchvision.transforms import v2
+
+        if side not in self.augments:
+            steps: list[Any] = [v2.RandomResizedCrop(side, scale=self.crop_scale, antialias=True)]
+            steps += [v2.RandomHorizontalFlip()] if self.flip else []
+            if self.color_jitter > 0:
+                most = 0.8 * self.color_jitter
+                steps += [v2.ColorJitter(most, most, most)]
+            self.augments[side] = v2.Compose(steps)
+        return self.augments[side]
+
+    def __getitem__(self, key: Sequence[int]) -> Tensor:
+        index, sample_seed, *side = key
         with _seeded(sample_seed):
-            image = self.augment(self.data.source(index))
+            image = self.augment(*side or (self.image_size,))(self.data.source(index))
         return normalised(image, self.data.mean, self.data.std)
 
 

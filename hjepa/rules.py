@@ -19,7 +19,7 @@ Values = Mapping[str, Any]  # dotted key -> value, lists for lists
 
 LARGEST = 10**18
 AT_LEAST: dict[str, float] = {
-    **dict.fromkeys(["data.image_size", "data.limit", "masks.num_targets"], 1),
+    **dict.fromkeys(["data.image_size", "data.train_sizes", "data.limit", "masks.num_targets"], 1),
     **dict.fromkeys([f"model.{key}" for key in ("patch_size", "embed_dim", "depth", "num_heads")], 1),
     **dict.fromkeys([f"model.predictor.{key}" for key in ("embed_dim", "depth", "num_heads")], 1),
     **dict.fromkeys([f"train.{key}" for key in ("steps", "batch_size", "accumulate", "threads")], 1),
@@ -103,10 +103,11 @@ def _check_number(key: str, number: float) -> None:
 def _check_image_size(values: Values) -> None:
     named = re.search(r"patch(\d+)", values["model.encoder_type"])
     patch = values["model.patch_size"] or (int(named[1]) if named else 1)
-    size = values["data.image_size"]
-    near = max(1, (2 * size + patch) // (2 * patch)) * patch if patch else size
-    if size != near:
-        raise ValueError(f"data.image_size={size} is not a multiple of the patch, {patch} pixels; nearest: {near}")
+    sizes = [("data.image_size", values["data.image_size"])]
+    for key, size in sizes + [("data.train_sizes", side) for side in values["data.train_sizes"]]:
+        near = max(1, (2 * size + patch) // (2 * patch)) * patch if patch else size
+        if size != near:
+            raise ValueError(f"{key}={size} is not a multiple of the patch, {patch} pixels; nearest: {near}")
 
 
 def _check_divisions(values: Values) -> None:

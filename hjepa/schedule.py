@@ -5,6 +5,7 @@ split over processes or micro-batches, see the same numbers as one that is neith
 save; the step is the state.
 
     pictures   epoch e visits all pictures in the order of a generator seeded by (seed, e)
+    size       one draw from the list of training sizes
     crops      place p of the global batch of step t is augmented from mix(seed, t, p)
     masks      one draw for the whole global batch of step t, then sliced
     the rest   dropout and RoPE augmentation: torch's own generator is seeded by (seed, t)
@@ -64,6 +65,13 @@ def batch_at(step: int, *, size: int, batch_size: int, seed: int) -> list[tuple[
     return places
 
 
+def size_at(step: int, *, sizes: Sequence[int], seed: int) -> int:
+    """Image side of step `step` in pixels, drawn from `sizes` with equal chances."""
+    if len(sizes) == 1:
+        return sizes[0]
+    return sizes[int(torch.randint(len(sizes), (), generator=generator_at(seed, step, "size")))]
+
+
 def share(batch_size: int, *, micro: int, accumulate: int, rank: int, processes: int) -> slice:
     """Rows of the global batch that process `rank` handles in micro-batch `micro`.
 
@@ -84,15 +92,20 @@ def share(batch_size: int, *, micro: int, accumulate: int, rank: int, processes:
 
 class StepSampler:
     """Batch sampler of one process: for each step, for each of its slices of the global batch, the list of its
-    (picture, crop seed). `rows` are the slices, one per micro-batch, from `share`."""
+    (picture, crop seed, image side). `size` is the number of pictures, `rows` are the slices, one per micro-batch,
+    from `share`; the side is drawn from `sides`, see `size_at`."""
 
-    def __init__(self, steps: range, rows: Sequence[slice], *, size: int, batch_size: int, seed: int):
+    def __init__(
+        self, steps: range, rows: Sequence[slice], *, size: int, batch_size: int, seed: int, sides: Sequence[int]
+    ):
         self.steps, self.rows, self.size, self.batch_size, self.seed = steps, rows, size, batch_size, seed
+        self.sides = sides
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.rows)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for step in self.steps:
+            side = size_at(step, sizes=self.sides, seed=self.seed)
             places = batch_at(step, size=self.size, batch_size=self.batch_size, seed=self.seed)
-            yield from (places[rows] for rows in self.rows)
+            yield from ([(*place, side) for place in places[rows]] for rows in self.rows)

@@ -30,14 +30,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .build import build_encoders, build_model, draw_masks, load_split, parameter_groups
+from .build import build_encoders, build_model, draw_masks, load_split, parameter_groups, train_sizes
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import Config, save_config
 from .data import ImageData, TrainView
 from .encoders import TargetEncoder
 from .evaluate import effective_rank, encode, feature_std, knn_accuracy
 from .runlog import RunLog, check_run_dir, log_columns, summary
-from .schedule import StepSampler, generator_at, lr_at, mix, share
+from .schedule import StepSampler, generator_at, lr_at, mix, share, size_at
 from .sharding import fsdp_plugin, is_sharded, whole_optimizer, whole_weights
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
@@ -101,6 +101,8 @@ class _Run:
         state: dict[str, Any] = {"step": 0, "extra": {}}
         if self.last_good:
             state = load_checkpoint(self.last_good, self.plain, self.optimizer.optimizer)
+        for side in train_sizes(self.config):
+            draw_masks(self.config, self.grid(side), 0)  # a grid too small for the masks is an error now, not later
         if self.accelerator.scaler is not None and "scaler" in state["extra"]:
             self.accelerator.scaler.load_state_dict(state["extra"]["scaler"])
         return state["step"]
@@ -142,10 +144,19 @@ class _Run:
         )
         steps = range(self.start, options.steps)
         sampler = StepSampler(
-            steps, self.rows, size=len(self.train_data), batch_size=options.batch_size, seed=options.seed
+            steps,
+            self.rows,
+            size=len(self.train_data),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            sides=train_sizes(config),
         )
         pin = self.accelerator.device.type == "cuda"
         return iter(DataLoader(view, batch_sampler=sampler, num_workers=options.num_workers, pin_memory=pin))  # type: ignore[arg-type]
+
+    def grid(self, side: int) -> tuple[int, int]:
+        """The patch grid of a square image of that side."""
+        return (side // self.plain.context_encoder.patch_size,) * 2
 
     def step(self, step: int, batches: Iterator[Tensor], logging: bool = True) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its log row, without feature_std if not logging."""
@@ -153,7 +164,8 @@ class _Run:
         lr = lr_at(step, steps=options.steps, lr=options.lr, min_lr=options.min_lr, warmup=options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        masks = draw_masks(self.config, self.plain.context_encoder.grid_size, step)
+        side = size_at(step, sizes=train_sizes(self.config), seed=options.seed)
+        masks = draw_masks(self.config, self.grid(side), step)
         numbers, pooled = [], []
         for rows in self.rows:
             images = next(batches).to(device, non_blocking=True)

@@ -152,6 +152,14 @@ def test_sample_depends_on_its_seed_and_on_nothing_else():
     assert len({sample.numpy().tobytes() for sample in first}) == 8
 
 
+def test_the_same_crop_comes_at_any_side():
+    """Coordinates as colours: the crop at 32 px, averaged over 2 x 2 pixels, is the crop at 16 px."""
+    view = TrainView(coordinates(), 16, crop_scale=(0.5, 1.0))
+    small, large = view[0, 7], view[0, 7, 32]
+    assert small.shape == (3, 16, 16) and torch.equal(small, view[0, 7, 16])
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(large, 2), small, atol=0.02, rtol=0)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads, from Python 3.12
 def test_workers_give_the_same_samples_as_the_main_process():
     view = TrainView(arrays(noise(6, 3, 40, 40)), 24)

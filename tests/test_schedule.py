@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa.schedule import StepSampler, batch_at, generator_at, lr_at, mix, share
+from hjepa.schedule import StepSampler, batch_at, generator_at, lr_at, mix, share, size_at
 
 CURVE = {"steps": 110, "lr": 0.8, "min_lr": 0.2, "warmup": 10}
 
@@ -70,11 +70,20 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does():
 
 
 def test_samplers_of_two_processes_yield_the_batches_of_one():
-    whole = list(StepSampler(range(3, 6), [slice(0, 8)], size=20, batch_size=8, seed=0))
-    halves = [
-        list(StepSampler(range(3, 6), [slice(start, start + 4)], size=20, batch_size=8, seed=0)) for start in (0, 4)
-    ]
+    same = dict(size=20, batch_size=8, seed=0, sides=[16, 24])
+    whole = list(StepSampler(range(3, 6), [slice(0, 8)], **same))
+    halves = [list(StepSampler(range(3, 6), [slice(start, start + 4)], **same)) for start in (0, 4)]
     assert [first + second for first, second in zip(*halves, strict=True)] == whole
+
+
+def test_all_pictures_of_a_step_have_one_side_and_every_side_has_its_turn():
+    """Over 3000 steps each of three sides comes 1000 times, give or take five standard deviations."""
+    sampler = StepSampler(range(3000), [slice(0, 2)], size=20, batch_size=2, seed=0, sides=[16, 24, 32])
+    steps = [{side for *_, side in batch} for batch in sampler]
+    assert all(len(sides) == 1 for sides in steps)
+    drawn = [side for sides in steps for side in sides]
+    assert all(abs(drawn.count(side) - 1000) < 5 * (3000 * 2 / 9) ** 0.5 for side in (16, 24, 32))
+    assert drawn == [size_at(step, sizes=[16, 24, 32], seed=0) for step in range(3000)]
 
 
 def test_seeds_are_frozen():
