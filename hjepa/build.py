@@ -18,6 +18,7 @@ from .encoders import ContextEncoder, TargetEncoder, create_encoder
 from .masks import Masks, sample_masks
 from .model import HJEPA
 from .predictor import Predictor
+from .rules import patch_side
 from .schedule import generator_at, mix
 
 
@@ -112,8 +113,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def train_sizes(config: Config) -> list[int]:
-    """The image sides that training draws from, in pixels."""
-    return list(config.data.train_sizes) or [config.data.image_size]
+    """The image sides that training draws from, in pixels: image_size times each scale, to the nearest patch."""
+    patch = patch_side(config.model.encoder_type, config.model.patch_size)
+    return [max(1, round(config.data.image_size * scale / patch)) * patch for scale in config.data.train_scales]
 
 
 def load_split(config: Config, split: str) -> ImageData:

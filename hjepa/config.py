@@ -31,7 +31,7 @@ class DataConfig:
     root: str = "data"  # folder that holds or receives downloaded data sets
     path: str | None = None  # the folder of class folders, for name: imagefolder
     image_size: int = 64  # training image side, pixels; the one that features are measured at
-    train_sizes: list[int] = field(default_factory=list)  # sides to train at, one drawn a step; empty: image_size
+    train_scales: list[float] = field(default_factory=lambda: [1.0])  # times image_size: sides drawn from in training
     crop_scale: list[float] = field(default_factory=lambda: [0.3, 1.0])  # area share of a crop
     flip: bool = True  # mirror left-right half of the time
     color_jitter: float = 0.0  # strength of brightness, contrast and saturation changes

@@ -19,7 +19,7 @@ Values = Mapping[str, Any]  # dotted key -> value, lists for lists
 
 LARGEST = 10**18
 AT_LEAST: dict[str, float] = {
-    **dict.fromkeys(["data.image_size", "data.train_sizes", "data.limit", "masks.num_targets"], 1),
+    **dict.fromkeys(["data.image_size", "data.limit", "masks.num_targets"], 1),
     **dict.fromkeys([f"model.{key}" for key in ("patch_size", "embed_dim", "depth", "num_heads")], 1),
     **dict.fromkeys([f"model.predictor.{key}" for key in ("embed_dim", "depth", "num_heads")], 1),
     **dict.fromkeys([f"train.{key}" for key in ("steps", "batch_size", "accumulate", "threads")], 1),
@@ -32,7 +32,8 @@ AT_LEAST: dict[str, float] = {
     **dict.fromkeys(["train.warmup", "train.num_workers"], 0),
 }
 ABOVE_ZERO = (
-    "train.lr", "train.clip_grad", "model.rope.theta", "model.rope.theta_per_layer", "model.rope.fraction"
+    "data.train_scales", "train.lr", "train.clip_grad", "model.rope.theta", "model.rope.theta_per_layer",
+    "model.rope.fraction",
 )  # fmt: skip
 BETWEEN_0_AND_1 = ("model.rope.fraction", "train.ema_start", "train.ema_end", "data.color_jitter")
 INTERVALS = {  # pairs (smallest, largest), and the largest that is allowed
@@ -100,14 +101,19 @@ def _check_number(key: str, number: float) -> None:
         raise ValueError(f"{key}={number} must be between 0 and 1")
 
 
+def patch_side(encoder_type: str, patch_size: int | None) -> int:
+    """Side of a patch in pixels: the one set, or else the one that timm's name says."""
+    named = re.search(r"patch(\d+)", encoder_type)
+    return patch_size or (int(named[1]) if named else 1)
+
+
 def _check_image_size(values: Values) -> None:
-    named = re.search(r"patch(\d+)", values["model.encoder_type"])
-    patch = values["model.patch_size"] or (int(named[1]) if named else 1)
-    sizes = [("data.image_size", values["data.image_size"])]
-    for key, size in sizes + [("data.train_sizes", side) for side in values["data.train_sizes"]]:
-        near = max(1, (2 * size + patch) // (2 * patch)) * patch if patch else size
-        if size != near:
-            raise ValueError(f"{key}={size} is not a multiple of the patch, {patch} pixels; nearest: {near}")
+    patch, size = patch_side(values["model.encoder_type"], values["model.patch_size"]), values["data.image_size"]
+    near = max(1, (2 * size + patch) // (2 * patch)) * patch
+    if size != near:
+        raise ValueError(f"data.image_size={size} is not a multiple of the patch, {patch} pixels; nearest: {near}")
+    if not values["data.train_scales"]:
+        raise ValueError("data.train_scales=[] must name one scale or more; [1.0] trains at image_size alone")
 
 
 def _check_divisions(values: Values) -> None:

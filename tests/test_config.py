@@ -68,7 +68,7 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
     value = 1 if before is None and "theta" not in key and "path" not in key else before
     value = "x" if key == "data.path" else [2.0] if key.endswith("theta_per_layer") else value
     if before is not None:
-        value = [*before, *(before[-1:] or [64])] if isinstance(before, list) else other[type(before)](before)
+        value = [*before, before[-1]] if isinstance(before, list) else other[type(before)](before)
     hjepa.config._set(config, key, value, "test")
     changed = {k: v for k, v in leaves(OmegaConf.to_container(config)) if v != ALL[k]}
     assert changed == {key: value}
@@ -109,8 +109,8 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
         ("loss.kind=l1", "must be one of smooth_l1, mse"),
         ("data.image_size=60", "60 is not a multiple of the patch, 8 pixels; nearest: 64"),
         ("data.image_size=3", "nearest: 8"),
-        ("data.train_sizes=[64, 60]", "data.train_sizes=60 is not a multiple of the patch, 8 pixels; nearest: 64"),
-        ("data.train_sizes=[0]", "data.train_sizes=0 must be at least 1"),
+        ("data.train_scales=[1.0, 0]", "data.train_scales=0.0 must be above 0"),
+        ("data.train_scales=[]", "data.train_scales=[] must name one scale or more"),
         ("model.num_heads=5", "model.embed_dim=96 is not divisible by model.num_heads=5"),
         ("model.predictor.num_heads=5", "model.predictor.embed_dim=96 is not divisible"),
         ("data.crop_scale=[0.5]", "must be two numbers"),

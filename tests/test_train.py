@@ -176,14 +176,14 @@ def test_every_step_trains_at_the_side_drawn_for_it(tiny, tmp_path, monkeypatch)
     seen, forward = [], HJEPA.forward
     monkeypatch.setattr(HJEPA, "forward", lambda self, images, masks: (
         seen.append(images.shape[-1]), forward(self, images, masks))[1])  # fmt: skip
-    train(tiny("data.train_sizes=[32, 48, 64]", *ROPE), tmp_path, progress=False)
+    train(tiny("data.train_scales=[1.0, 1.45, 2.0]", *ROPE), tmp_path, progress=False)
     assert seen == [size_at(step, sizes=[32, 48, 64], seed=0) for step in range(12)]
     assert len(set(seen)) == 3
 
 
 def test_a_training_side_too_small_for_the_masks_is_an_error_before_the_first_step(tiny, tmp_path):
     with pytest.raises(ValueError, match="1x1"):
-        train(tiny("data.train_sizes=[32, 8]"), tmp_path, progress=False)
+        train(tiny("data.train_scales=[1.0, 0.1]"), tmp_path, progress=False)
     assert not (tmp_path / "log.csv").exists()
 
 
@@ -212,7 +212,7 @@ train(load_config(sys.argv[1]), sys.argv[2], progress=False)
 def test_resume_after_sigkill_is_bitwise_equal(tiny, tmp_path):
     """Killed at step 8 of 12, in the middle of an epoch and after the checkpoint of step 5."""
     config = tiny(
-        *ROPE, "loss.regularizer=sketched_gaussian", "loss.regularizer_weight=0.1", "data.train_sizes=[32, 48]"
+        *ROPE, "loss.regularizer=sketched_gaussian", "loss.regularizer_weight=0.1", "data.train_scales=[1.0, 1.5]"
     )
     save_config(config, tmp_path / "config.yaml")
     train(config, tmp_path / "whole", progress=False)
