@@ -209,11 +209,29 @@ def _sweep(arguments: argparse.Namespace) -> int:
     sweep, runs = load_sweep(arguments.file)
     print(f"{len(runs)} runs of {sweep.notebook}, {sweep.max_parallel} at a time, results in {sweep.out}", flush=True)
     failed = run_sweep(arguments.file)
+    _show_sweep(Path(sweep.out))
     print(f"{len(runs) - len(failed)} of {len(runs)} runs finished; results: {Path(sweep.out, 'results.json')}")
     if failed:
         names = ", ".join(run.folder.name for run in failed)
         print(f"hjepa: error: {len(failed)} failed: {names}; each has its error.txt", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _show_sweep(out: Path) -> None:
+    """Means over seeds as summary.md and printed, and figure.png, where the runs measured resolution transfer."""
+    import json
+
+    from .plots import sweep_figure
+    from .sweep import sweep_rows
+    from .tables import sweep_summary
+
+    rows = sweep_rows(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    if not any(row.get("metric") == "cka" and "seed" in row for row in rows):
+        return
+    text = sweep_summary(rows)
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    sweep_figure(rows).savefig(out / "figure.png", dpi=110, metadata={"Software": None})
+    print(text)
 
 
 def _tour(arguments: argparse.Namespace) -> int:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from .masks import Masks, level_grid
-from .tables import Row, by_encoder, size_pair, size_text
+from .tables import Row, by_encoder, by_setting, home_size, size_pair, size_text, summarise
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
@@ -106,6 +107,23 @@ def transfer_figure(rows: Sequence[Row], metric: str, train_size: Any, *, ax: Ax
     ax.set(xlabel="image size (pixels, log scale)", ylabel=METRICS.get(metric, metric))
     label_lines(ax)
     return ax
+
+
+def sweep_figure(rows: Sequence[Row], metric: str = "probe", *, columns: int = 2) -> Figure:
+    """One `transfer_figure` per `setting` of a sweep's rows, with 95 % t intervals over its seeds.
+
+    rows as `hjepa.sweep.sweep_rows` gives them. ValueError if a setting has no row of the metric.
+    """
+    groups = by_setting(rows)
+    height = -(-len(groups) // columns)
+    size = (4.6 * columns, 3 * height)
+    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(groups) :]:
+        ax.remove()
+    for ax, (setting, members) in zip(axes.flat, groups.items(), strict=False):
+        transfer_figure(summarise(members), metric, home_size(members), ax=ax)
+        ax.set_title(setting, fontsize="medium")
+    return figure
 
 
 def training_curves(

@@ -210,6 +210,7 @@ class _Jobs:
         self.active: list[tuple[Run, Any]] = []
         self.executor = _executor(sweep) if todo else None
         self.failed = 0
+        self.shown: dict[str, int] = {}
 
     def work(self, bar: Any) -> None:
         try:
@@ -246,7 +247,10 @@ class _Jobs:
             else:
                 self.settle(run, job)
                 bar.update()
-        bar.set_postfix(running=len(self.active), failed=self.failed)
+        state = {"running": len(self.active), "failed": self.failed}
+        if state != self.shown:
+            bar.set_postfix(state)
+            self.shown = state
 
     def settle(self, run: Run, job: Any) -> None:
         late = time.time() + (LATE_FILES if self.sweep.executor == "slurm" else 0)
@@ -274,21 +278,48 @@ def _executor(sweep: Sweep) -> Any:
 
 
 def gather(runs: list[Run], out: Path) -> None:
-    """Write table.csv (rows of all finished runs, each with its varied parameters) and results.json (all runs)."""
-    rows, results = [], []
+    """Write results.json, a line per run with its metrics, and table.csv, the rows of all finished runs."""
+    results = []
     for run in runs:
         metrics = read_json(run.folder / "metrics.json") if run.finished else {}
-        rows += [{**run.varied, **row, "run": run.folder.name} for row in metrics.get("rows", [])]
         state = "finished" if run.finished else "failed"
         results.append({"run": run.folder.name, "state": state, "parameters": run.parameters, "error": run.error,
                         "metrics": metrics})  # fmt: skip
-    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_whole(out / "results.json", "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    rows = sweep_rows(results)
     if rows:
-        write_whole(out / "table.csv", _csv(rows))
+        write_whole(out / "table.csv", sweep_csv(rows))
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
-    """As `hjepa.tables.rows_to_csv`, whose reader reads it, but a row need not have a size."""
+def sweep_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all runs of a results.json, each with its `setting`: what tells the run from others but the seed."""
+    names = _settings([entry["parameters"] for entry in results])
+    rows = []
+    for entry, setting in zip(results, names, strict=True):
+        seed = {"seed": entry["parameters"]["seed"]} if "seed" in entry["parameters"] else {}
+        own = {"setting": setting, **seed}
+        rows += [{**own, **row, "run": entry["run"]} for row in entry["metrics"].get("rows", [])]
+    return rows
+
+
+def _settings(runs: list[dict[str, Any]]) -> list[str]:
+    """A name for each run: its parameters that differ between runs, and of lists the items not in all of them."""
+    first = runs[0] if runs else {}
+    varied = [key for key in first if key != "seed" and any(run[key] != first[key] for run in runs)]
+    names = []
+    for run in runs:
+        words = []
+        for key in varied:
+            if isinstance(run[key], list):
+                words += [str(item) for item in run[key] if any(item not in other[key] for other in runs)]
+            else:
+                words.append(f"{key}={run[key]}")
+        names.append(", ".join(words) or "recipe")
+    return names
+
+
+def sweep_csv(rows: list[dict[str, Any]]) -> str:
+    """The text of table.csv. As `hjepa.tables.rows_to_csv`, whose reader reads it, but a row need not have a size."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()

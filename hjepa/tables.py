@@ -105,6 +105,40 @@ def _parse(key: str, text: str) -> Any:
     return text
 
 
+def by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of a sweep (`hjepa.sweep.sweep_rows`) by their `setting`, without the key `run`."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["setting"], []).append({key: value for key, value in row.items() if key != "run"})
+    return groups
+
+
+def sweep_summary(rows: Sequence[Row], metrics: Sequence[str] = ("probe", "knn", "effective_rank")) -> str:
+    """Markdown: for every setting of a sweep and every metric, means over seeds with 95 % t intervals."""
+    parts = []
+    for setting, members in by_setting(rows).items():
+        means = summarise(members)
+        seeds = max(row["n"] for row in means) if means[0]["interval"] == "t" else 1
+        parts += [f"## {setting}", "", f"Trained at {size_text(home_size(members))} px, {seeds} seed(s).", ""]
+        for metric in metrics:
+            parts += ["```", format_table(means, metric, interval=True), "```", ""]
+    return "\n".join(parts)
+
+
+def home_size(rows: Sequence[Row]) -> tuple[int, int]:
+    """The training size (h, w) of rows of `hjepa.evaluate.resolution_transfer`: where features are compared with
+    themselves, so that every CKA is 1. ValueError if that is not one size."""
+    sizes: dict[tuple[int, int], float] = {}
+    for row in rows:
+        if row["metric"] == "cka":
+            size = size_pair(row["size"])
+            sizes[size] = min(sizes.get(size, 1.0), row["value"])
+    home = [size for size, lowest in sizes.items() if lowest > 1 - 1e-6]
+    if len(home) != 1:
+        raise ValueError(f"rows name no training size: CKA is 1 at {[size_text(size) for size in home] or 'no size'}")
+    return home[0]
+
+
 def by_encoder(rows: Sequence[Row], metric: str) -> dict[str, dict[tuple[int, int], Row]]:
     """The rows of one metric as {encoder: {size: row}}, encoders as they come, sizes by area.
 

@@ -10,9 +10,10 @@ import nbformat
 import pytest
 
 from hjepa.cli import main
+from hjepa.plots import sweep_figure
 from hjepa.runs import hold, read_json
-from hjepa.sweep import gather, load_sweep, run_sweep
-from hjepa.tables import rows_from_csv
+from hjepa.sweep import gather, load_sweep, run_sweep, sweep_rows
+from hjepa.tables import rows_from_csv, sweep_summary
 
 PARAMETERS = """
 lr: float = 0.1
@@ -148,10 +149,55 @@ def test_failing_runs_are_marked_the_others_go_on_and_only_they_run_again(tmp_pa
     }
     assert all(run.finished and not run.error for run in runs.values())
     rows = rows_from_csv(folder / "out" / "table.csv")
-    assert [(row["mode"], row["size"], row["threads"]) for row in rows] == [(mode, (32, 48), 1) for mode in modes]
+    assert [(row["setting"], row["size"], row["threads"]) for row in rows] == [
+        (f"mode={mode}", (32, 48), 1) for mode in modes
+    ]
     assert rows[0]["value"] == pytest.approx(1e-3 / 3, rel=1e-5)
     results = read_json(folder / "out" / "results.json")
     assert [r["parameters"]["mode"] for r in results] == modes and {r["state"] for r in results} == {"finished"}
+
+
+def test_a_setting_is_named_by_what_differs_between_runs_but_the_seed():
+    """Of lists only the items that are not in all of them; rows keep the run's seed."""
+    lists = (["a=1", "b=1"], ["a=1", "b=2"], ["a=1"])
+    results = [
+        {"run": f"{data}{k}{seed}", "parameters": {"data": data, "overrides": words, "seed": seed, "quick": False},
+         "metrics": {"rows": [{"metric": "knn"}]}}
+        for data in ("x", "y") for k, words in enumerate(lists) for seed in (0, 1)
+    ]  # fmt: skip
+    found = [(row["setting"], row["seed"]) for row in sweep_rows(results)]
+    names = [f"data={data}{more}" for data in ("x", "y") for more in (", b=1", ", b=2", "")]
+    assert found == [(name, seed) for name in names for seed in (0, 1)]
+
+
+def measured(value, seed, size, home=32):
+    """Rows of one encoder at one size: a probe, and the CKA that marks the training size."""
+    same = {"encoder": "rope", "size": size, "seed": seed, "low": 0.0, "high": 1.0, "n": 10, "setting": "recipe"}
+    cka = 1.0 if size == home else 0.5
+    return [same | {"metric": m, "value": v} for m, v in (("probe", value), ("knn", value), ("effective_rank", 3.0),
+                                                          ("cka", cka))]  # fmt: skip
+
+
+def test_the_summary_holds_means_over_seeds_and_names_the_training_size():
+    rows = [row for seed, value in enumerate((0.2, 0.3, 0.4)) for row in measured(value, seed, 32)]
+    text = sweep_summary(rows + [row for seed in range(3) for row in measured(0.1, seed, 64)])
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t for 2 degrees of freedom
+    assert f"0.300 [{0.3 - half:.3f}, {0.3 + half:.3f}]" in text
+    assert "Trained at 32 px, 3 seed(s)." in text and "0.100 [0.100, 0.100]" in text
+
+
+def test_the_figure_has_a_panel_per_setting_with_the_means_over_seeds():
+    rows = [row for seed, value in enumerate((0.2, 0.4)) for size in (32, 64) for row in measured(value, seed, size)]
+    rows += [row | {"setting": "other", "value": row["value"] if row["metric"] == "cka" else 0.7} for row in rows]
+    panels = sweep_figure(rows).axes
+    assert [ax.get_title() for ax in panels] == ["recipe", "other"]
+    lines = [{line.get_label(): list(line.get_ydata()) for line in ax.lines}["rope"] for ax in panels]
+    assert lines == [pytest.approx([0.3, 0.3]), pytest.approx([0.7, 0.7])]
+
+
+def test_rows_without_one_training_size_are_refused():
+    with pytest.raises(ValueError, match="no training size: CKA is 1 at no size"):
+        sweep_summary(measured(0.1, 0, 64))
 
 
 def test_a_killed_sweep_loses_and_doubles_nothing(tmp_path):
@@ -185,5 +231,5 @@ def test_a_finished_run_needs_its_metrics_too(tmp_path):
     assert run.finished
     gather([run], tmp_path / "out")
     assert rows_from_csv(tmp_path / "out" / "table.csv") == [
-        {"seed": 9, "metric": "knn", "value": 0.5, "run": run.folder.name}
+        {"setting": "recipe", "seed": 9, "metric": "knn", "value": 0.5, "run": run.folder.name}
     ]
