@@ -16,11 +16,11 @@ from benchmarks.timing import met
 
 Results = Mapping[str, Any]
 TITLES = {
-    "encoders": "RoPE on against off, whole encoders (off is plain timm)",
+    "encoders": "RoPE on against off, whole encoders (off is timm; in bfloat16 both attend in float32)",
     "compiled": "The same through torch.compile",
     "memory": "Memory and parameters",
     "rotation": "The rotation alone: qkv buffer to q, k, v (and back), against timm",
-    "peers": "Attention layers and whole models, against no rotation",
+    "peers": "Attention layers (gradients of the input) and whole models, against no rotation",
     "growth": "Growth with grid and batch: the rotation's share of a layer",
     "tables": "Tables, against one layer at batch 1",
     "step": "A training step",

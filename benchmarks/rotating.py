@@ -91,7 +91,7 @@ def forward_backward(module: Callable[[Tensor], Tensor], x: Tensor, parameters: 
 
 
 def encoders(setup: Setup) -> Iterator[Entry]:
-    """RoPE on against off (which is plain timm), whole encoders."""
+    """RoPE on against off, whole encoders. Off is timm; in bfloat16 on a CPU both attend in float32 (`attention.py`)."""
     single, half = torch.float32, torch.bfloat16
     cases = [  # model, dtype, pass, threads, rounds, aim
         ("ViT-S", single, "forward", 1, 11, 1.03),
@@ -194,7 +194,11 @@ def _through(turn: peers.Rotation, qkv: Tensor) -> Call:
 
 
 def against_peers(setup: Setup) -> Iterator[Entry]:
-    """Attention layers and whole ViT-S against every peer; the base has no rotation. Ours is to be the fastest."""
+    """Attention layers and whole ViT-S against every peer; the base has no rotation.
+
+    Backward is to the input alone, so the weights' gradients, equal in all, do not dilute the ratio. In bfloat16 ours
+    attends in float32 where a CPU is slow otherwise, the others do not: that row is not the rotation's alone.
+    """
     tokens = 1 + setup.side**2
     for dtype, what in ((torch.float32, "forward"), (torch.float32, "forward + backward"), (torch.bfloat16, "forward")):
         torch.manual_seed(0)

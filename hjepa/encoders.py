@@ -11,7 +11,7 @@ Four modes of telling a token where it is, from two switches:
 
 Tokens hidden from the context encoder are dropped, not zeroed: they cost nothing and nobody attends to them. The kept
 ones take their true positions along. With RoPE off and no tokens dropped the output is plain timm's
-`forward_features`, bit for bit.
+`forward_features`, bit for bit in float32 (in half precision see `attention.py`).
 
 Sources: Assran et al., "I-JEPA", 2023 (context, target, EMA); timm for the transformer itself.
 Not covered: building the transformer and which of timm's fit (`vit.py`).
