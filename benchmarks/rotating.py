@@ -91,7 +91,7 @@ def forward_backward(module: Callable[[Tensor], Tensor], x: Tensor, parameters: 
 
 
 def encoders(setup: Setup) -> Iterator[Entry]:
-    """RoPE on against off, whole encoders. Off is timm; in bfloat16 on a CPU both attend in float32 (`attention.py`)."""
+    """RoPE on against off, whole encoders. Off is timm; in bfloat16 on a CPU both attend in float32."""
     single, half = torch.float32, torch.bfloat16
     cases = [  # model, dtype, pass, threads, rounds, aim
         ("ViT-S", single, "forward", 1, 11, 1.03),

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -112,3 +113,38 @@ def test_a_dead_kernel_is_reported_and_not_waited_for(tmp_path):
     path = notebook(tmp_path / "a.ipynb", "x = 1", "import os; os._exit(1)")
     with pytest.raises(NotebookError, match="the kernel died"):
         execute(path, tmp_path / "out.ipynb", {"x": 2}, cwd=tmp_path)
+
+
+# ---- the course's own notebooks, with other parameters than those they are committed with
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+OTHER_PARAMETERS = {
+    "06_train.ipynb": {
+        "steps": 8, "batch_size": 8, "lr": 2e-3, "use_rope": False, "use_absolute": True, "regularizer": "variance",
+        "regularizer_weight": 0.1, "sizes": [64, 96], "seed": 3,
+    },
+    "07_resolution_transfer.ipynb": {
+        "steps": 2, "seed": 3, "positions": ["none", "hybrid"], "strategies": ["ntk"], "overrides": ["train.lr=0.002"],
+    },
+}  # fmt: skip
+
+
+def test_every_notebook_with_parameters_is_run_below():
+    tagged = [path.name for path in sorted(NOTEBOOKS.glob("*.ipynb")) if '"parameters"' in path.read_text()]
+    assert tagged == list(OTHER_PARAMETERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_PARAMETERS)
+def test_runs_with_other_parameters_and_says_what_each_is(name, tmp_path):
+    path, values = NOTEBOOKS / name, OTHER_PARAMETERS[name] | {"run_dir": str(tmp_path / "run")}
+    known = find_parameters(path)
+    assert all(parameter.annotation for parameter in known.values())
+    check_parameters(values, known, name)
+    with pytest.raises(ValueError, match="unknown parameter 'step'; nearest: steps"):
+        check_parameters({"step": 3}, known, name)
+    with pytest.raises(ValueError, match="seed='3' must be int"):
+        check_parameters({"seed": "3"}, known, name)
+    assert not any(values.get(key) == parameter.default for key, parameter in known.items())
+    execute(path, tmp_path / "out.ipynb", values, cwd=NOTEBOOKS)
+    assert any((tmp_path / "run").rglob("metrics.json"))
