@@ -17,6 +17,7 @@ from benchmarks.timing import met
 Results = Mapping[str, Any]
 TITLES = {
     "encoders": "RoPE on against off, whole encoders (off is timm; in bfloat16 both attend in float32)",
+    "larger": "A larger image than the encoder was built for",
     "compiled": "The same through torch.compile",
     "memory": "Memory and parameters",
     "rotation": "The rotation alone: qkv buffer to q, k, v (and back), against timm",

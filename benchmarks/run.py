@@ -18,6 +18,7 @@ FOLDER = Path(__file__).resolve().parent
 PACKAGES = ("torch", "timm", "transformers", "rotary-embedding-torch", "accelerate", "numpy")
 SECTIONS: dict[str, Callable[[Setup], Iterator[Entry]]] = {
     "encoders": rotating.encoders,
+    "larger": rotating.larger,
     "compiled": rotating.compiled,
     "memory": rotating.memory,
     "rotation": rotating.rotation,

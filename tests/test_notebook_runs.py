@@ -124,7 +124,8 @@ OTHER_PARAMETERS = {
         "regularizer_weight": 0.1, "sizes": [64, 96], "seed": 3,
     },
     "07_resolution_transfer.ipynb": {
-        "steps": 2, "seed": 3, "patch_scale": 2, "positions": ["none", "hybrid"], "strategies": ["ntk"], "overrides": ["model.level_weights=[1.0]"],
+        "steps": 2, "seed": 3, "patch_scale": 2, "positions": ["none", "hybrid"], "strategies": ["ntk"],
+        "overrides": ["model.level_weights=[1.0]"],
     },
 }  # fmt: skip
 
