@@ -15,7 +15,7 @@ HYGIENE := --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
 .DEFAULT_GOAL := help
-.PHONY: help env tour lab test lint mutants bench site
+.PHONY: help env tour lab test lint mutants kills bench site
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ lint: $(READY)  ## style, types, notebooks without stray metadata
 
 mutants: $(READY)  ## break the code on purpose, and see that the tests notice
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(ARGS)
+
+kills: $(READY)  ## kill training, sweep and tour at random moments, and see that nothing is lost
+	$(BIN)/python tests/kills.py $(ARGS)
 
 bench: $(READY)  ## time the package against its peers
 	$(BIN)/python -m benchmarks $(ARGS)
