@@ -34,6 +34,7 @@ COLORS = {
     "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
 }  # fmt: skip
 BASELINES = ("random", "pixels")  # drawn grey and dashed
+MANY_LINES = 8  # as many as a panel can hold
 METRICS = {
     "probe": "linear probe accuracy\n(fitted at the training size)",
     "probe_refit": "linear probe accuracy\n(refitted at each size)",
@@ -112,9 +113,11 @@ def transfer_figure(rows: Sequence[Row], metric: str, train_size: Any, *, ax: Ax
 def sweep_figure(rows: Sequence[Row], metric: str = "probe", *, columns: int = 2) -> Figure:
     """One `transfer_figure` per `setting` of a sweep's rows, with 95 % t intervals over its seeds.
 
-    rows as `hjepa.sweep.sweep_rows` gives them. ValueError if a setting has no row of the metric.
+    rows as `hjepa.sweep.sweep_rows` gives them. Where more than MANY_LINES encoders were read, the NTK readings are
+    left to the table. ValueError if a setting has no row of the metric.
     """
-    groups = by_setting(rows)
+    many = len({row["encoder"] for row in rows}) > MANY_LINES
+    groups = by_setting([row for row in rows if not (many and "ntk" in row["encoder"])])
     height = -(-len(groups) // columns)
     size = (4.6 * columns, 3 * height)
     figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")

@@ -283,8 +283,9 @@ def gather(runs: list[Run], out: Path) -> None:
     for run in runs:
         metrics = read_json(run.folder / "metrics.json") if run.finished else {}
         state = "finished" if run.finished else "failed"
-        results.append({"run": run.folder.name, "state": state, "parameters": run.parameters, "error": run.error,
-                        "metrics": metrics})  # fmt: skip
+        seconds = (read_json(run.folder / "run.json") or {}).get("seconds")  # of the last attempt
+        results.append({"run": run.folder.name, "state": state, "seconds": seconds, "parameters": run.parameters,
+                        "error": run.error, "metrics": metrics})  # fmt: skip
     write_whole(out / "results.json", "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
     rows = sweep_rows(results)
     if rows:

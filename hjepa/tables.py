@@ -5,6 +5,7 @@ A row is a plain dict with encoder, size (height, width in pixels), metric, valu
 """
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+BASE = "absolute, resampled"  # the reader that gains are counted from
 MEASURED = ("value", "low", "high", "n", "interval")  # every other key of a row says what was measured
 
 
@@ -113,8 +115,21 @@ def by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
+def paired_gains(rows: Sequence[Row], base: str) -> list[Row]:
+    """Each row's value minus that of encoder `base` at the same metric, size and seed, in points (hundredths)."""
+    at_base = {(r["metric"], size_pair(r["size"]), r["seed"]): r["value"] for r in rows if r["encoder"] == base}
+    return [
+        {**row, "value": 100 * (row["value"] - at_base[key]), "low": math.nan, "high": math.nan}
+        for row in rows
+        if row["encoder"] != base and (key := (row["metric"], size_pair(row["size"]), row["seed"])) in at_base
+    ]
+
+
 def sweep_summary(rows: Sequence[Row], metrics: Sequence[str] = ("probe", "knn", "effective_rank")) -> str:
-    """Markdown: for every setting of a sweep and every metric, means over seeds with 95 % t intervals."""
+    """Markdown: for every setting of a sweep and every metric, means over seeds with 95 % t intervals.
+
+    Where several seeds have the encoder BASE, the gains of the others over it follow, paired by seed.
+    """
     parts = []
     for setting, members in by_setting(rows).items():
         means = summarise(members)
@@ -122,6 +137,11 @@ def sweep_summary(rows: Sequence[Row], metrics: Sequence[str] = ("probe", "knn",
         parts += [f"## {setting}", "", f"Trained at {size_text(home_size(members))} px, {seeds} seed(s).", ""]
         for metric in metrics:
             parts += ["```", format_table(means, metric, interval=True), "```", ""]
+        gains = summarise(paired_gains(members, BASE))
+        if seeds > 1 and gains:
+            parts += [f"Points over {BASE}, paired by seed.", ""]
+            for metric in ("probe", "knn"):
+                parts += ["```", format_table(gains, metric, interval=True, digits=1), "```", ""]
     return "\n".join(parts)
 
 
@@ -161,7 +181,7 @@ def _area(size: tuple[int, int]) -> tuple[int, int, int]:
     return size[0] * size[1], *size
 
 
-def format_table(rows: Sequence[Row], metric: str, *, interval: bool = False) -> str:
+def format_table(rows: Sequence[Row], metric: str, *, interval: bool = False, digits: int = 3) -> str:
     """Plain text: one line per encoder, one column per size (smallest first), "-" where nothing was measured.
 
     ValueError as `by_encoder`.
@@ -170,7 +190,7 @@ def format_table(rows: Sequence[Row], metric: str, *, interval: bool = False) ->
     sizes = sorted({size for cells in found.values() for size in cells}, key=_area)
     lines = [[metric, *map(size_text, sizes)]]
     for name, cells in found.items():
-        lines.append([name, *(_number(cells.get(size), interval) for size in sizes)])
+        lines.append([name, *(_number(cells.get(size), interval, digits) for size in sizes)])
     first, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([name.ljust(first), *(text.rjust(width) for text, width in zip(rest, widths, strict=True))])
@@ -178,7 +198,8 @@ def format_table(rows: Sequence[Row], metric: str, *, interval: bool = False) ->
     )
 
 
-def _number(row: Row | None, interval: bool) -> str:
+def _number(row: Row | None, interval: bool, digits: int) -> str:
     if row is None:
         return "-"
-    return f"{row['value']:.3f}" + (f" [{row['low']:.3f}, {row['high']:.3f}]" if interval else "")
+    value, low, high = (f"{row[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]" if interval else value

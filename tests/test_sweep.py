@@ -186,6 +186,15 @@ def test_the_summary_holds_means_over_seeds_and_names_the_training_size():
     assert "Trained at 32 px, 3 seed(s)." in text and "0.100 [0.100, 0.100]" in text
 
 
+def test_the_summary_counts_gains_over_the_table_seed_by_seed():
+    """Values 0.2, 0.3, 0.4 against 0.1, 0.25, 0.1: gains of 10, 5 and 30 points."""
+    rows = [row for seed, value in enumerate((0.2, 0.3, 0.4)) for row in measured(value, seed, 32)]
+    base = [row for seed, value in enumerate((0.1, 0.25, 0.1)) for row in measured(value, seed, 32)]
+    text = sweep_summary(rows + [row | {"encoder": "absolute, resampled"} for row in base])
+    half = 4.302653 * (175 / 3) ** 0.5  # of 10, 5, 30: mean 15, variance 175
+    assert f"rope   15.0 [{15 - half:.1f}, {15 + half:.1f}]" in text.split("paired by seed")[1]
+
+
 def test_the_figure_has_a_panel_per_setting_with_the_means_over_seeds():
     rows = [row for seed, value in enumerate((0.2, 0.4)) for size in (32, 64) for row in measured(value, seed, size)]
     rows += [row | {"setting": "other", "value": row["value"] if row["metric"] == "cka" else 0.7} for row in rows]
@@ -193,6 +202,15 @@ def test_the_figure_has_a_panel_per_setting_with_the_means_over_seeds():
     assert [ax.get_title() for ax in panels] == ["recipe", "other"]
     lines = [{line.get_label(): list(line.get_ydata()) for line in ax.lines}["rope"] for ax in panels]
     assert lines == [pytest.approx([0.3, 0.3]), pytest.approx([0.7, 0.7])]
+
+
+def test_a_crowded_figure_leaves_the_ntk_readings_to_the_table():
+    names = ["rope, interpolated", "rope, ntk", *(f"other {n}" for n in range(7))]
+    rows = [row | {"encoder": name} for name in names for size in (32, 64) for row in measured(0.3, 0, size)]
+    drawn = {line.get_label() for line in sweep_figure(rows).axes[0].lines}
+    assert "rope, interpolated" in drawn and "rope, ntk" not in drawn
+    few = [row for row in rows if row["encoder"] in names[:8]]
+    assert "rope, ntk" in {line.get_label() for line in sweep_figure(few).axes[0].lines}
 
 
 def test_rows_without_one_training_size_are_refused():

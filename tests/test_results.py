@@ -1,0 +1,34 @@
+"""The committed sweeps: tables follow from the metrics, and the metrics from the files in configs/sweeps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hjepa.sweep import load_sweep, sweep_csv, sweep_rows
+from hjepa.tables import sweep_summary
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEPS = sorted(ROOT.glob("results/sweeps/*/results.json"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
+def test_tables_follow_from_the_metrics(path):
+    rows = sweep_rows(json.loads(path.read_text()))
+    assert (path.parent / "table.csv").read_text() == sweep_csv(rows)
+    assert (path.parent / "summary.md").read_text() == sweep_summary(rows)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
+def test_runs_are_those_of_the_sweep_file_and_all_finished(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = load_sweep(f"configs/sweeps/{path.parent.name}.yaml")[1]
+    results = json.loads(path.read_text())
+    assert [entry["parameters"] for entry in results] == [run.parameters for run in runs]
+    assert {entry["state"] for entry in results} == {"finished"}
+
+
+def test_every_committed_sweep_is_listed_with_its_command():
+    listed = (ROOT / "results" / "README.md").read_text()
+    for path in SWEEPS:
+        assert f"hjepa sweep configs/sweeps/{path.parent.name}.yaml" in listed
