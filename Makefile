@@ -15,7 +15,7 @@ HYGIENE := --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
 .DEFAULT_GOAL := help
-.PHONY: help env tour lab test lint mutants kills bench site
+.PHONY: help env tour lab test lint mutants kills fuzz bench site
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ mutants: $(READY)  ## break the code on purpose, and see that the tests notice
 
 kills: $(READY)  ## kill training, sweep and tour at random moments, and see that nothing is lost
 	$(BIN)/python tests/kills.py $(ARGS)
+
+fuzz: $(READY)  ## feed damaged and random input to everything that reads input
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 bench: $(READY)  ## time the package against its peers
 	$(BIN)/python -m benchmarks $(ARGS)

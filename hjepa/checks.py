@@ -40,8 +40,15 @@ def square_patch(patch: Any) -> int:
     return int(sides[0])
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {value!r:.40}")
+
+
 def check_index(index: Tensor, batch: int, grid: tuple[int, int]) -> None:
     """Raise ValueError unless `index` is `[batch, n]` int64, n > 0, within the grid and without repeats in a row."""
+    check_tensor("context_idx", index)
     patches = grid[0] * grid[1]
     if index.dim() != 2 or index.shape[0] != batch or index.dtype != torch.int64:
         raise ValueError(f"context_idx must be int64 [{batch}, n], got {index.dtype} {list(index.shape)}")
@@ -60,6 +67,7 @@ def check_index(index: Tensor, batch: int, grid: tuple[int, int]) -> None:
 
 def check_masked(is_masked: Tensor, batch: int, patches: int) -> None:
     """Raise ValueError unless `is_masked` is boolean `[batch, patches]` and leaves every sample a visible patch."""
+    check_tensor("is_masked", is_masked)
     if is_masked.dtype != torch.bool or is_masked.shape != (batch, patches):
         found = f"{is_masked.dtype} {list(is_masked.shape)}"
         raise ValueError(f"is_masked must be boolean [{batch}, {patches}], got {found}")
@@ -72,6 +80,7 @@ def check_masked(is_masked: Tensor, batch: int, patches: int) -> None:
 
 def check_positions(positions: Tensor, batch: int, grid: tuple[int, int]) -> None:
     """Raise ValueError unless `positions` is `[N, 2]` or `[batch, N, 2]` for the N patches of the grid."""
+    check_tensor("positions", positions)
     patches, shape = grid[0] * grid[1], tuple(positions.shape)
     if shape not in ((patches, 2), (batch, patches, 2), (1, patches, 2)):
         raise ValueError(f"positions must be [{patches}, 2] or [{batch}, {patches}, 2] for grid {grid}, got {shape}")

@@ -103,6 +103,9 @@ class _Encoder(nn.Module):
         """Patch grid of `images` `[B, C, h, w]`. Raises ValueError where the size is not a multiple of the patch."""
         if images.dim() != 4:
             raise ValueError(f"images must be [B, channels, height, width], got shape {tuple(images.shape)}")
+        channels = self.vit.patch_embed.proj.in_channels
+        if images.shape[1] != channels:
+            raise ValueError(f"images have {images.shape[1]} channels, this encoder was built for {channels}")
         height, width = images.shape[-2:]
         check_image((height, width), self.patch_size)
         return height // self.patch_size, width // self.patch_size

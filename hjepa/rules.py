@@ -70,6 +70,8 @@ def check_values(values: Values) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float):
                 _check_number(key, number)
+            elif isinstance(value, list) and key != "evaluate.sizes":  # the container lets mappings into lists
+                raise ValueError(f"{key}={value!r} must be a list of numbers")
     for key, top in INTERVALS.items():
         pair = values[key]
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:

@@ -34,6 +34,7 @@ from .sharding import is_sharded, load_whole, load_whole_optimizer
 
 FORMAT, VERSION = "hjepa-checkpoint", 1
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+KINDS = {"step": int, "sha256": dict, "config": dict, "extra": dict}  # of the state's parts
 
 
 class CheckpointError(ValueError):
@@ -175,6 +176,10 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / STATE} has version {state.get('version')}, this hjepa reads {VERSION}")
     if state.get("self") != _digest_of(state):
         raise CheckpointError(f"{folder / STATE} does not match its own SHA-256: tampered with or damaged")
+    for key, kind in KINDS.items():
+        if type(state.get(key)) is not kind:
+            found = f"{key}={state.get(key)!r:.40}"
+            raise CheckpointError(f"{folder / STATE} has {found}, which is not of type {kind.__name__}: foreign")
     for name in (WEIGHTS, OPTIMIZER):
         if state["sha256"].get(name) != _sha256(folder / name):
             raise CheckpointError(f"{folder / name} does not match its SHA-256: truncated or tampered with")

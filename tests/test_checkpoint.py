@@ -168,6 +168,16 @@ def test_a_changed_step_is_refused(tiny, tmp_path):
         latest_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"step": "5"}, {"step": True}, {"sha256": None}, {"config": []}, {"extra": 3}])
+def test_state_of_the_wrong_type_is_refused_even_if_it_is_signed(tiny, tmp_path, change):
+    make_run(tiny(), tmp_path, steps=(5,))
+    path = tmp_path / "checkpoints/step_00000005/state.json"
+    state = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(state | {"self": storage._digest_of(state)}))
+    with pytest.raises(CheckpointError, match=f"state.json has {next(iter(change))}=.* not of type"):
+        read_state(path.parent)
+
+
 def test_a_foreign_checkpoint_is_refused(tiny, tmp_path):
     """A folder of another tool with files of the same names."""
     folder = tmp_path / "checkpoints" / "step_00000001"

@@ -110,6 +110,7 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
         ("data.image_size=60", "60 is not a multiple of the patch, 8 pixels; nearest: 64"),
         ("data.image_size=3", "nearest: 8"),
         ("data.train_scales=[1.0, 0]", "data.train_scales=0.0 must be above 0"),
+        ("data.crop_scale=[0.5, {a: 1}]", "data.crop_scale=[0.5, {'a': 1}] must be a list of numbers"),
         ("data.train_scales=[]", "data.train_scales=[] must name one scale or more"),
         ("model.num_heads=5", "model.embed_dim=96 is not divisible by model.num_heads=5"),
         ("model.predictor.num_heads=5", "model.predictor.embed_dim=96 is not divisible"),

@@ -201,6 +201,9 @@ def test_a_bfloat16_encoder_stays_close_to_float32(kind: str) -> None:
         ({"positions": torch.zeros(15, 2)}, r"positions must be \[16, 2\] or \[2, 16, 2\].*got \(15, 2\)"),
         ({"positions": torch.zeros(3, 16, 2)}, r"got \(3, 16, 2\)"),
         ({"images": torch.zeros(2, 3, 16, 18)}, "image size 16x18 is not a multiple of the patch 4; nearest: 16"),
+        ({"images": torch.zeros(1, 1, 16, 16)}, "images have 1 channels, this encoder was built for 3"),
+        ({"context_idx": [[0, 1]]}, r"context_idx must be a tensor, not \[\[0, 1\]\]"),
+        ({"is_masked": "no"}, "is_masked must be a tensor, not 'no'"),
         ({"images": torch.zeros(3, 16, 16)}, r"images must be \[B, channels, height, width\], got shape \(3, 16, 16\)"),
     ],
 )
