@@ -22,7 +22,7 @@ def size_pair(size: Any) -> tuple[int, int]:
     try:
         parts = size.split("x") if isinstance(size, str) else list(size) if hasattr(size, "__iter__") else [size]
         height, width = (int(parts[0]), int(parts[-1])) if len(parts) in (1, 2) else (0, 0)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         height = width = 0
     if min(height, width) < 1:
         raise ValueError(f"image size {size!r} is not understood; give a positive integer or (height, width)")
