@@ -94,15 +94,19 @@ def altered(rng: random.Random, tree: Any) -> Any:
 # ---- what reads input; each yields a function of one case
 
 
-def configs(folder: Path) -> Iterator[Case]:
-    tree, path = OmegaConf.to_container(default_config()), folder / "config.yaml"  # type: ignore[call-overload]
+def yaml_files(path: Path, tree: Any, load: Callable[[Path], Any]) -> Case:
+    """A YAML file of the tree with a part altered, now and then with damaged bytes."""
 
     def case(rng: random.Random) -> None:
         text = yaml.safe_dump(altered(rng, tree), allow_unicode=True).encode()
         path.write_bytes(damaged(rng, text) if rng.random() < 0.3 else text)
-        load_config(path)
+        load(path)
 
-    yield case
+    return case
+
+
+def configs(folder: Path) -> Iterator[Case]:
+    yield yaml_files(folder / "config.yaml", OmegaConf.to_container(default_config()), load_config)  # type: ignore[call-overload]
 
 
 def overrides(folder: Path) -> Iterator[Case]:
@@ -117,14 +121,7 @@ def sweeps(folder: Path) -> Iterator[Case]:
     notebook = str(ROOT / "notebooks" / "07_resolution_transfer.ipynb")
     tree = {"notebook": notebook, "parameters": {"data": "openmoji", "quick": True}, "grid": {"steps": [1, 2]},
             "seeds": [0, 1], "max_parallel": 2, "executor": "local", "slurm": {}, "out": "out"}  # fmt: skip
-    path = folder / "sweep.yaml"
-
-    def case(rng: random.Random) -> None:
-        text = yaml.safe_dump(altered(rng, tree), allow_unicode=True).encode()
-        path.write_bytes(damaged(rng, text) if rng.random() < 0.3 else text)
-        load_sweep(path)
-
-    yield case
+    yield yaml_files(folder / "sweep.yaml", tree, load_sweep)
 
 
 def notebooks(folder: Path) -> Iterator[Case]:
