@@ -106,7 +106,7 @@ def _check_number(key: str, number: float) -> None:
 def patch_side(encoder_type: str, patch_size: int | None) -> int:
     """Side of a patch in pixels: the one set, or else the one that timm's name says."""
     named = re.search(r"patch(\d+)", encoder_type)
-    return patch_size or (int(named[1]) if named else 1)
+    return patch_size or (int(named[1]) if named else 0) or 1
 
 
 def _check_image_size(values: Values) -> None:

@@ -165,6 +165,7 @@ def test_wrong_files_are_named_with_the_key(tmp_path, text, reason):
 def test_image_size_follows_the_encoder_types_own_patch():
     with pytest.raises(ValueError, match="multiple of the patch, 16 pixels"):
         load_config(overrides=["model.patch_size=null", "data.image_size=72"])
+    load_config(overrides=["model.patch_size=null", "model.encoder_type=patch0"])  # the name is timm's to refuse
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(
