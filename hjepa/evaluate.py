@@ -22,6 +22,7 @@ from .metrics import (
     bootstrap_interval,
     effective_rank,
     feature_std,
+    fixed_probe,
     jackknife_interval,
     knn_accuracy,
     linear_cka,
@@ -33,9 +34,9 @@ from .metrics import (
 from .tables import format_table, rows_from_csv, rows_to_csv, size_pair, size_text, summarise
 
 __all__ = [
-    "bootstrap_interval", "effective_rank", "encode", "feature_std", "format_table", "jackknife_interval",
-    "knn_accuracy", "linear_cka", "linear_probe", "patch_grid", "pool_tokens", "probe_hits", "raw_pixels",
-    "resolution_transfer", "retrieval_hits", "rows_from_csv", "rows_to_csv", "size_pair", "size_text",
+    "bootstrap_interval", "effective_rank", "encode", "feature_std", "fixed_probe", "format_table",
+    "jackknife_interval", "knn_accuracy", "linear_cka", "linear_probe", "patch_grid", "pool_tokens", "probe_hits",
+    "raw_pixels", "resolution_transfer", "retrieval_hits", "rows_from_csv", "rows_to_csv", "size_pair", "size_text",
     "summarise", "with_strategy",
 ]  # fmt: skip
 
@@ -187,6 +188,7 @@ def resolution_transfer(
 
     Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures):
     probe, knn            fitted on `train` pictures at train_size
+    probe_fixed           the same with a fixed, weak penalty (`fixed_probe`)
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
     retrieval, cka        against the same test pictures at train_size
     effective_rank, feature_std
@@ -203,17 +205,18 @@ def resolution_transfer(
     train_index, test_index = _subset(len(train), gallery, seed), _subset(len(test), queries, seed)
     y_train, y_test = train.labels[train_index], test.labels[test_index]
     rows: list[dict[str, Any]] = []
-    fitted: dict[str, tuple[Pipeline, Tensor, Tensor]] = {}  # name -> probe, train and test features at home
+    fitted: dict[str, tuple[Pipeline, Pipeline, Tensor, Tensor]] = {}  # name -> probes, train and test features
     for size in tqdm(asked, desc="image sizes", disable=not progress):
         seen = _encode_all(encoders, test, size, test_index, pool, batch_size)
         known = _encode_all(encoders, train, size, train_index, pool, batch_size) if refit or size == home else {}
         for name, x in seen.items():
             here = linear_probe(known[name], y_train) if name in known else None
             if size == home:
-                fitted[name] = (here, known[name], x)
-            probe, x_train, x_home = fitted[name]
+                fitted[name] = (here, fixed_probe(known[name], y_train), known[name], x)
+            probe, fixed, x_train, x_home = fitted[name]
             found = {
                 "probe": bootstrap_interval(probe_hits(probe, x, y_test), seed=seed),
+                "probe_fixed": bootstrap_interval(probe_hits(fixed, x, y_test), seed=seed),
                 "knn": bootstrap_interval(knn_accuracy(x_train, y_train, x, y_test, knn_k), seed=seed),
                 "retrieval": bootstrap_interval(retrieval_hits(x, x_home), seed=seed),
                 **_geometry(x, x_home, seed),

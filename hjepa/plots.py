@@ -37,6 +37,7 @@ BASELINES = ("random", "pixels")  # drawn grey and dashed
 MANY_LINES = 8  # as many as a panel can hold
 METRICS = {
     "probe": "linear probe accuracy\n(fitted at the training size)",
+    "probe_fixed": "linear probe accuracy\n(weak fixed penalty, training size)",
     "probe_refit": "linear probe accuracy\n(refitted at each size)",
     "knn": "kNN accuracy\n(gallery at the training size)",
     "retrieval": "same picture found at\nthe training size (fraction)",

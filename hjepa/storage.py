@@ -19,7 +19,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,21 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A failure to write is an OSError that names the file; torch and safetensors have errors of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path.name} could not be written: {first_line(error)}") from error
+
+
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, flushed to disk."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    with _named(path):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def write_json(path: Path, tree: Any) -> None:
@@ -120,7 +131,7 @@ def write_json(path: Path, tree: Any) -> None:
 
 def write_file(path: Path, writer: Callable[[Any], Any]) -> None:
     """What `writer` writes to an open binary file, flushed to disk."""
-    with path.open("wb") as file:
+    with _named(path), path.open("wb") as file:
         writer(file)
         file.flush()
         os.fsync(file.fileno())

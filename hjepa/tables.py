@@ -125,7 +125,7 @@ def paired_gains(rows: Sequence[Row], base: str) -> list[Row]:
     ]
 
 
-def sweep_summary(rows: Sequence[Row], metrics: Sequence[str] = ("probe", "knn", "effective_rank")) -> str:
+def sweep_summary(rows: Sequence[Row]) -> str:
     """Markdown: for every setting of a sweep and every metric, means over seeds with 95 % t intervals.
 
     Where several seeds have the encoder BASE, the gains of the others over it follow, paired by seed.
@@ -135,12 +135,12 @@ def sweep_summary(rows: Sequence[Row], metrics: Sequence[str] = ("probe", "knn",
         means = summarise(members)
         seeds = max(row["n"] for row in means) if means[0]["interval"] == "t" else 1
         parts += [f"## {setting}", "", f"Trained at {size_text(home_size(members))} px, {seeds} seed(s).", ""]
-        for metric in metrics:
+        for metric in ("probe", "probe_fixed", "knn", "effective_rank"):
             parts += ["```", format_table(means, metric, interval=True), "```", ""]
         gains = summarise(paired_gains(members, BASE))
         if seeds > 1 and gains:
             parts += [f"Points over {BASE}, paired by seed.", ""]
-            for metric in ("probe", "knn"):
+            for metric in ("probe", "probe_fixed", "knn"):
                 parts += ["```", format_table(gains, metric, interval=True, digits=1), "```", ""]
     return "\n".join(parts)
 

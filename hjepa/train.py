@@ -264,7 +264,10 @@ class _Run:
             extra: dict[str, Any] = {"mean": list(self.train_data.mean), "std": list(self.train_data.std)}
             if self.accelerator.scaler is not None:
                 extra["scaler"] = self.accelerator.scaler.state_dict()
-            self.last_good = save_checkpoint(self.run_dir, step, model, optimizer, self.config, extra)
+            try:
+                self.last_good = save_checkpoint(self.run_dir, step, model, optimizer, self.config, extra)
+            except OSError as error:
+                raise OSError(f"stopped at step {step}: {error}; last good checkpoint: {self.last_good}") from error
         self.accelerator.wait_for_everyone()
 
     def finish(self, seconds: float) -> dict[str, Any]:

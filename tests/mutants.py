@@ -93,6 +93,8 @@ MUTANTS = [
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
     Mutant("nearest by dot product", "metrics", "(F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk", "(queries @ gallery.T).topk", "metrics"),
+    Mutant("weakest penalty, not the strongest", "metrics", "return int(np.argmax(mean >= mean[best] - error[best]))", "return best", "metrics"),
+    Mutant("both probes the same", "evaluate", "fixed_probe(known[name], y_train), known", "here, known", "evaluate"),
     Mutant("effective rank not centred", "metrics", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -109,6 +110,23 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(tiny, tmp_path, monkey
         save_checkpoint(tmp_path, 15, model, optimizer, tiny())
     assert snapshot(tmp_path) == before
     assert read_state(latest_checkpoint(tmp_path))["step"] == 10
+
+
+@pytest.mark.parametrize("share", [0.5, 1.2])
+def test_a_file_that_the_system_will_not_write_is_an_os_error_with_its_name(tiny, tmp_path, share):
+    """Not simulated: the system's limit on file size stops the weights, then the optimiser (which is larger)."""
+    model, optimizer = make_run(tiny(), tmp_path)
+    before, saved = snapshot(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights, moments = (latest_checkpoint(tmp_path) / name for name in FILES[:2])
+    limit = int(share * weights.stat().st_size)
+    assert share < 1 or limit < moments.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, saved[1]))
+    try:
+        with pytest.raises(OSError, match=FILES[int(share)] + " could not be written: .*too large"):
+            save_checkpoint(tmp_path, 15, model, optimizer, tiny())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, saved)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_crash_while_writing_is_invisible_and_cleaned_up_later(tiny, tmp_path, monkeypatch):

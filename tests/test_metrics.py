@@ -6,11 +6,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
 from hjepa.metrics import (
+    PENALTIES,
     bootstrap_interval,
     effective_rank,
     feature_std,
+    fixed_probe,
     jackknife_interval,
     knn_accuracy,
     linear_cka,
@@ -90,31 +94,77 @@ def test_probe_finds_classes_that_only_their_direction_tells_apart():
     assert knn_accuracy(x, y, queries, labels).double().mean() < 0.75
 
 
-def test_probe_does_not_depend_on_scale_and_offset_of_channels():
+def test_fixed_probe_does_not_depend_on_scale_and_offset_of_channels():
     x, y = _clusters(200, 0)
     queries, labels = _clusters(100, 1)
     scale, offset = torch.logspace(-2, 2, 8), torch.linspace(-5, 5, 8)
-    plain = probe_hits(linear_probe(x, y), queries, labels)
-    moved = probe_hits(linear_probe(x * scale + offset, y), queries * scale + offset, labels)
+    plain = probe_hits(fixed_probe(x, y), queries, labels)
+    moved = probe_hits(fixed_probe(x * scale + offset, y), queries * scale + offset, labels)
     assert (plain == moved).double().mean() >= 0.99
 
 
-def test_probe_on_wide_features_reduces_them_and_still_reads_the_class():
+def test_probe_does_not_depend_on_the_length_of_a_row_nor_on_a_common_scale():
+    x, y = _clusters(200, 0)
+    queries, labels = _clusters(100, 1)
+    lengths = torch.logspace(-2, 2, 200)[:, None]
+    assert torch.equal(
+        probe_hits(linear_probe(lengths * x, y), queries, labels), probe_hits(linear_probe(x, y), 7 * queries, labels)
+    )
+
+
+def test_probe_takes_the_strongest_penalty_within_one_standard_error_of_the_best():
+    x, y = _clusters(300, 5, spread=1.5)
+    rows = (x / x.norm(dim=1, keepdim=True)).double()
+    rows = (rows - rows.mean(0)).numpy()
+    folds = list(StratifiedKFold(5).split(rows, y))
+    strengths = [1 / (penalty * rows.var(axis=0).sum()) for penalty in PENALTIES]
+    scores = np.array([
+        [LogisticRegression(C=c, max_iter=500).fit(rows[a], y[a]).score(rows[b], y[b]) for a, b in folds]
+        for c in strengths
+    ])  # fmt: skip
+    best = scores[scores.mean(1).argmax()]
+    allowed = [c for c, s in zip(strengths, scores, strict=True) if s.mean() >= best.mean() - best.std(ddof=1) / 5**0.5]
+    assert len(allowed) > 1 and scores.mean(1).argmax() > strengths.index(allowed[0])  # the rule decides here
+    assert pytest.approx(allowed[0], rel=1e-4) == linear_probe(x, y)[-1].C
+
+
+def test_a_quiet_channel_that_shifts_spoils_the_fixed_probe_and_not_the_chosen_one():
+    """Forty quiet channels that fit the fitted pictures by chance: worth nothing, and elsewhere they have moved."""
+    g = _generator(0)
+    x, y = _clusters(150, 0)
+    queries, labels = _clusters(500, 1)
+    quiet, elsewhere = (0.01 * torch.randn(n, 40, generator=g) for n in (150, 500))
+    x, queries = torch.cat((x, quiet), 1), torch.cat((queries, elsewhere + 0.05), 1)
+    chosen, fixed = (probe_hits(fit(x, y), queries, labels).double().mean() for fit in (linear_probe, fixed_probe))
+    assert chosen > 0.7 and chosen > fixed + 0.2
+
+
+@pytest.mark.parametrize("fit", [linear_probe, fixed_probe])
+def test_probe_on_wide_features_reduces_them_and_still_reads_the_class(fit):
     g = _generator(0)
     y, labels = torch.arange(300) % 3, torch.arange(150) % 3
     patterns = torch.randn(3, 2000, generator=g)
     x = patterns[y] + 3 * torch.randn(300, 2000, generator=g)
     queries = patterns[labels] + 3 * torch.randn(150, 2000, generator=g)
-    probe = linear_probe(x, y)
+    probe = fit(x, y)
     assert probe[-1].coef_.shape == (3, 256)
     assert probe_hits(probe, queries, labels).double().mean() > 0.9
 
 
-def test_probe_cut_short_leaks_no_warning():
+@pytest.mark.parametrize("fit", [linear_probe, fixed_probe])
+def test_probe_cut_short_leaks_no_warning(fit):
     x, y = _clusters(200, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        linear_probe(x, y, max_iter=1)
+        fit(x, y, max_iter=1)
+
+
+def test_probe_works_where_a_class_has_fewer_pictures_than_folds_and_refuses_a_single_class():
+    x, y = _clusters(40, 0, spread=0.05)
+    few = torch.cat([(y == label).nonzero()[: 2 + label, 0] for label in range(5)])  # two of class 0, three of 1, ..
+    assert probe_hits(linear_probe(x[few], y[few]), x, y).double().mean() > 0.9
+    with pytest.raises(ValueError, match="2 classes"):
+        linear_probe(x, torch.zeros_like(y))
 
 
 def test_number_of_threads_is_restored_also_on_errors():

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from hjepa import train as train_module
-from hjepa.checkpoint import latest_checkpoint
+from hjepa.checkpoint import latest_checkpoint, load_run, read_state
+from hjepa.config import save_config
 from hjepa.runlog import read_log
 from hjepa.sharding import fsdp_plugin
 from hjepa.train import train
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(train_module.__file__).parents[1])}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ROPE = ("model.rope.use_rope=true", "model.rope.theta=100", "model.rope.jitter=1.5", "model.rope.rescale=2.0")
 
 
@@ -70,8 +74,7 @@ def torchrun(script: str, folder: Path) -> None:
 
 
 def launch(words: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*TORCHRUN, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -85,6 +88,32 @@ def test_two_processes_equal_one(tiny, tmp_path):
     assert json.loads((tmp_path / "two/metrics.json").read_text())["processes"] == 2
     for name in ("loss", "loss_level_0", "loss_level_1", "regularizer"):
         torch.testing.assert_close(column(tmp_path / "two", name), column(tmp_path / "one", name), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_killed_worker_ends_the_job_by_name_and_leaves_a_whole_checkpoint(tiny, tmp_path):
+    """torchrun stops the other process at once, names the one that was killed, and leaves none behind."""
+    save_config(tiny("train.steps=4000", "train.checkpoint_every=5"), tmp_path / "long.yaml")
+    run = tmp_path / "run"
+    words = ["-m", "hjepa", "train", "--config", str(tmp_path / "long.yaml"), "--run-dir", str(run)]
+    job = subprocess.Popen([*TORCHRUN, *words], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    try:
+        while not latest_checkpoint(run):
+            assert job.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+        (killed,) = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(killed), signal.SIGKILL)
+        said = job.communicate(timeout=60)[1].decode()
+    finally:
+        job.kill()
+    cause = said.split("Root Cause")[1]
+    assert job.returncode == 1 and len(workers) == 2
+    assert "rank      : 1" in cause and f"Signal 9 (SIGKILL) received by PID {killed}" in cause
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert load_run(run)[1].train.steps == 4000 and read_state(latest_checkpoint(run))["step"] >= 5
 
 
 @pytest.mark.slow

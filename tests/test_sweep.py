@@ -174,8 +174,8 @@ def measured(value, seed, size, home=32):
     """Rows of one encoder at one size: a probe, and the CKA that marks the training size."""
     same = {"encoder": "rope", "size": size, "seed": seed, "low": 0.0, "high": 1.0, "n": 10, "setting": "recipe"}
     cka = 1.0 if size == home else 0.5
-    return [same | {"metric": m, "value": v} for m, v in (("probe", value), ("knn", value), ("effective_rank", 3.0),
-                                                          ("cka", cka))]  # fmt: skip
+    return [same | {"metric": m, "value": v} for m, v in (("probe", value), ("probe_fixed", value), ("knn", value),
+                                                          ("effective_rank", 3.0), ("cka", cka))]  # fmt: skip
 
 
 def test_the_summary_holds_means_over_seeds_and_names_the_training_size():
