@@ -195,13 +195,18 @@ def test_the_summary_counts_gains_over_the_table_seed_by_seed():
     assert f"rope   15.0 [{15 - half:.1f}, {15 + half:.1f}]" in text.split("paired by seed")[1]
 
 
-def test_the_figure_has_a_panel_per_setting_with_the_means_over_seeds():
+def test_the_figure_has_a_panel_per_setting_with_means_and_intervals_over_seeds():
     rows = [row for seed, value in enumerate((0.2, 0.4)) for size in (32, 64) for row in measured(value, seed, size)]
     rows += [row | {"setting": "other", "value": row["value"] if row["metric"] == "cka" else 0.7} for row in rows]
     panels = sweep_figure(rows).axes
     assert [ax.get_title() for ax in panels] == ["recipe", "other"]
     lines = [{line.get_label(): list(line.get_ydata()) for line in ax.lines}["rope"] for ax in panels]
     assert lines == [pytest.approx([0.3, 0.3]), pytest.approx([0.7, 0.7])]
+    heights = [ax.collections[0].get_paths()[0].vertices[:, 1] for ax in panels]
+    half = 12.706205 * 0.1  # Student's t for 1 degree of freedom, times the standard error of 0.2 and 0.4
+    assert [(band.min(), band.max()) for band in heights] == [
+        pytest.approx((0.3 - half, 0.3 + half)), pytest.approx((0.7, 0.7))
+    ]  # fmt: skip
 
 
 def test_a_crowded_figure_leaves_the_ntk_readings_to_the_table():
