@@ -91,16 +91,15 @@ def linear_probe(features: Tensor, labels: Tensor, *, max_iter: int = 500) -> Pi
     time. A fit that stops at max_iter is used as it is. ValueError if all labels are the same.
     """
     scaling = make_pipeline(Normalizer(), StandardScaler(with_std=False), *_projection(features))
-    folds = min(5, int(labels.bincount().max()))
+    folds = min(max(2, int(labels.bincount().max())), 5)
     with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")  # stopped early, and small classes that not every fold has
         x, y = scaling.fit_transform(features.numpy()), labels.numpy()
         strengths = [1 / (penalty * max(float(x.var(axis=0).sum()), 1e-12)) for penalty in PENALTIES]
         search = GridSearchCV(
-            LogisticRegression(max_iter=max_iter), {"C": strengths}, cv=max(2, folds), refit=_within_one_error,
-            error_score=0.0,
+            LogisticRegression(max_iter=max_iter), {"C": strengths}, cv=folds, refit=_within_one_error, error_score=0.0
         ).fit(x, y)  # fmt: skip
-    return make_pipeline(*(step for _, step in scaling.steps), search.best_estimator_)
+    return make_pipeline(scaling, search.best_estimator_)
 
 
 def _within_one_error(results: dict[str, np.ndarray]) -> int:
@@ -117,8 +116,8 @@ def fixed_probe(features: Tensor, labels: Tensor, *, max_iter: int = 500) -> Pip
     The 1/D makes the penalty act alike on narrow and wide features; at D = 100 it is the library's default. Beside
     `linear_probe` it shows how much a result owes to the reader. Features wider than 1024 are projected as there.
     """
-    steps = [StandardScaler(), *_projection(features)]
-    probe = make_pipeline(*steps, LogisticRegression(C=100 / features.shape[1], max_iter=max_iter))
+    reader = LogisticRegression(C=100 / features.shape[1], max_iter=max_iter)
+    probe = make_pipeline(StandardScaler(), *_projection(features), reader)
     with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return probe.fit(features.numpy(), labels.numpy())

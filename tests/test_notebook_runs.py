@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from hjepa.notebooks import NotebookError, Parameter, check_parameters, execute, find_parameters
+from hjepa.tables import rows_from_csv
 
 CELL = """
 # a comment
@@ -124,7 +125,8 @@ OTHER_PARAMETERS = {
         "regularizer_weight": 0.1, "sizes": [64, 96], "seed": 3,
     },
     "07_resolution_transfer.ipynb": {
-        "steps": 2, "seed": 3, "patch_scale": 2, "positions": ["none", "hybrid"], "strategies": ["ntk"],
+        "steps": 2, "seed": 3, "patch_scale": 2, "positions": ["none", "hybrid", "hybrid_mixed"],
+        "strategies": ["ntk", "interpolate"],
         "overrides": ["model.level_weights=[1.0]"],
     },
 }  # fmt: skip
@@ -149,3 +151,8 @@ def test_runs_with_other_parameters_and_says_what_each_is(name, tmp_path):
     assert not any(values.get(key) == parameter.default for key, parameter in known.items())
     execute(path, tmp_path / "out.ipynb", values, cwd=NOTEBOOKS)
     assert any((tmp_path / "run").rglob("metrics.json"))
+    if "positions" in values:  # mixed frequencies have no theta, so NTK is left out for them
+        table = rows_from_csv(tmp_path / "run/table.csv")
+        mixed = {row["encoder"] for row in table if "mixed" in row["encoder"]}
+        assert mixed == {"hybrid_mixed, interpolated"}
+        assert {"hybrid, ntk", "hybrid, interpolated", "none"} < {row["encoder"] for row in table}
