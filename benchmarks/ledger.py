@@ -26,7 +26,7 @@ VERDICTS = ("holds", "holds when", "does not hold", "not settled yet")
 LEDGER = "results/claims.json"
 STALE = "results/claims.json is older than the results it quotes: run python -m benchmarks.ledger, then notebook 10"
 TRAIN_SIZES = {"openmoji": 64, "fashion_mnist": 16}
-TABLES = ("results/sweeps/baseline.csv", "results/sweeps/baseline/table.csv", "results/tour-*/table.csv")
+TABLES = ("results/sweeps/baseline/table.csv", "results/tour-*/table.csv")
 ROPE, TABLE = "rope, interpolated", "absolute, resampled"  # the readings compared, fixed before looking
 
 

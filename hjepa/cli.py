@@ -222,8 +222,7 @@ def _show_sweep(out: Path) -> None:
     import json
 
     from .plots import sweep_figure
-    from .sweep import sweep_rows
-    from .tables import sweep_summary
+    from .tables import sweep_rows, sweep_summary
 
     rows = sweep_rows(json.loads((out / "results.json").read_text(encoding="utf-8")))
     if not any(row.get("metric") == "cka" and "seed" in row for row in rows):

@@ -114,7 +114,7 @@ def transfer_figure(rows: Sequence[Row], metric: str, train_size: Any, *, ax: Ax
 def sweep_figure(rows: Sequence[Row], metric: str = "probe", *, columns: int = 2) -> Figure:
     """One `transfer_figure` per `setting` of a sweep's rows, with 95 % t intervals over its seeds.
 
-    rows as `hjepa.sweep.sweep_rows` gives them. Where more than MANY_LINES encoders were read, the NTK readings are
+    rows as `hjepa.tables.sweep_rows` gives them. Where more than MANY_LINES encoders were read, the NTK readings are
     left to the table. ValueError if a setting has no row of the metric.
     """
     many = len({row["encoder"] for row in rows}) > MANY_LINES

@@ -16,9 +16,7 @@ it; results pass through files only, nothing is unpickled.
 Source of the job handling: submitit. Not covered: stopping bad runs early, adaptive search.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -36,7 +34,7 @@ from tqdm import tqdm
 from .notebooks import NotebookError, check_parameters, execute, find_parameters
 from .reading import nearest, read_yaml
 from .runs import hold, is_held, read_json, write_whole
-from .tables import size_text
+from .tables import sweep_csv, sweep_rows
 
 EXECUTORS = ("local", "slurm")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -290,41 +288,3 @@ def gather(runs: list[Run], out: Path) -> None:
     rows = sweep_rows(results)
     if rows:
         write_whole(out / "table.csv", sweep_csv(rows))
-
-
-def sweep_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all runs of a results.json, each with its `setting`: what tells the run from others but the seed."""
-    names = _settings([entry["parameters"] for entry in results])
-    rows = []
-    for entry, setting in zip(results, names, strict=True):
-        seed = {"seed": entry["parameters"]["seed"]} if "seed" in entry["parameters"] else {}
-        own = {"setting": setting, **seed}
-        rows += [{**own, **row, "run": entry["run"]} for row in entry["metrics"].get("rows", [])]
-    return rows
-
-
-def _settings(runs: list[dict[str, Any]]) -> list[str]:
-    """A name for each run: its parameters that differ between runs, and of lists the items not in all of them."""
-    first = runs[0] if runs else {}
-    varied = [key for key in first if key != "seed" and any(run[key] != first[key] for run in runs)]
-    names = []
-    for run in runs:
-        words = []
-        for key in varied:
-            if isinstance(run[key], list):
-                words += [str(item) for item in run[key] if any(item not in other[key] for other in runs)]
-            else:
-                words.append(f"{key}={run[key]}")
-        names.append(", ".join(words) or "recipe")
-    return names
-
-
-def sweep_csv(rows: list[dict[str, Any]]) -> str:
-    """The text of table.csv. As `hjepa.tables.rows_to_csv`, whose reader reads it, but a row need not have a size."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        cells = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-        writer.writerow(cells | ({"size": size_text(row["size"])} if "size" in row else {}))
-    return text.getvalue()

@@ -5,8 +5,9 @@ A row is a plain dict with encoder, size (height, width in pixels), metric, valu
 """
 
 import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,46 @@ def _parse(key: str, text: str) -> Any:
     return text
 
 
+def sweep_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows of all runs of a results.json, each with its `setting`: what tells the run from others but the seed."""
+    names = _settings([entry["parameters"] for entry in results])
+    rows = []
+    for entry, setting in zip(results, names, strict=True):
+        seed = {"seed": entry["parameters"]["seed"]} if "seed" in entry["parameters"] else {}
+        own = {"setting": setting, **seed}
+        rows += [{**own, **row, "run": entry["run"]} for row in entry["metrics"].get("rows", [])]
+    return rows
+
+
+def _settings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each run: its parameters that differ between runs, and of lists the items not in all of them."""
+    first = runs[0] if runs else {}
+    varied = [key for key in first if key != "seed" and any(run[key] != first[key] for run in runs)]
+    names = []
+    for run in runs:
+        words = []
+        for key in varied:
+            if isinstance(run[key], list):
+                words += [str(item) for item in run[key] if any(item not in other[key] for other in runs)]
+            else:
+                words.append(f"{key}={run[key]}")
+        names.append(", ".join(words) or "recipe")
+    return names
+
+
+def sweep_csv(rows: Sequence[Row]) -> str:
+    """The text of a sweep's table.csv. As `rows_to_csv`, whose reader reads it, but a row need not have a size."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        writer.writerow(cells | ({"size": size_text(row["size"])} if "size" in row else {}))
+    return text.getvalue()
+
+
 def by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of a sweep (`hjepa.sweep.sweep_rows`) by their `setting`, without the key `run`."""
+    """The rows of a sweep (`sweep_rows`) by their `setting`, without the key `run`."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["setting"], []).append({key: value for key, value in row.items() if key != "run"})

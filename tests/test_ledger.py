@@ -32,7 +32,7 @@ def probe_row(encoder: str, size: int, value: float, seed: int) -> dict[str, obj
     return tags | {"value": value, "low": value, "high": value, "n": 100}
 
 
-def transfer(tmp_path: Path, gains: dict[int, list[float]], where: str = "results/sweeps/baseline.csv") -> dict:
+def transfer(tmp_path: Path, gains: dict[int, list[float]], where: str = "results/sweeps/baseline/table.csv") -> dict:
     """The ledger's row when RoPE is ahead by gains[size][seed] at each size."""
     rows = []
     for size, by_seed in ({64: [0.0, 0.0, 0.0]} | gains).items():

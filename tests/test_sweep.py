@@ -12,8 +12,8 @@ import pytest
 from hjepa.cli import main
 from hjepa.plots import sweep_figure
 from hjepa.runs import hold, read_json
-from hjepa.sweep import gather, load_sweep, run_sweep, sweep_rows
-from hjepa.tables import rows_from_csv, sweep_summary
+from hjepa.sweep import gather, load_sweep, run_sweep
+from hjepa.tables import rows_from_csv, sweep_rows, sweep_summary
 
 PARAMETERS = """
 lr: float = 0.1

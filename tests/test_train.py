@@ -315,6 +315,23 @@ def test_a_full_disk_stops_training_and_leaves_the_last_checkpoint(tiny, tmp_pat
 # ---- the log
 
 
+@pytest.mark.parametrize(("narrow", "warns"), [(5.0, True), (1.5, False)])
+def test_a_precision_that_this_cpu_emulates_is_said(monkeypatch, recwarn, narrow, warns):
+    seconds = {torch.float32: 1.0, torch.bfloat16: narrow}
+    monkeypatch.setattr(train_module, "_matmul_seconds", seconds.__getitem__)
+    train_module._warn_if_slow("bf16")
+    train_module._warn_if_slow("no")
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == warns
+    assert all("5 times more slowly with train.mixed_precision=bf16" in text for text in said)
+
+
+def test_a_training_warns_of_the_precision_it_was_asked_for(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "_matmul_seconds", {torch.float32: 1.0, torch.bfloat16: 9.0}.__getitem__)
+    with pytest.warns(UserWarning, match="9 times more slowly with train.mixed_precision=bf16"):
+        train(tiny("train.mixed_precision=bf16", "train.steps=1"), tmp_path / "run", progress=False)
+
+
 def test_tensorboard_holds_the_logged_losses(tiny, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
