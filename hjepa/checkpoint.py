@@ -175,12 +175,21 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[Encoder, dict[str, Any]
         raise CheckpointError(f"{folder / CONFIG} is missing: not an export of hjepa") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder / CONFIG} has no 'hjepa' section: not an export of hjepa") from None
-    with seeded(0):
-        encoder = _pick(create_encoder(**arguments), which)
-    _load(encoder.vit, _drop_zero_table(encoder, read_weights(folder / WEIGHTS)), folder / WEIGHTS)
+    try:
+        with seeded(0):
+            encoder = _pick(create_encoder(**arguments), which)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} describes no encoder of hjepa: {first_line(error)}") from None
+    _load(encoder.vit, _drop_zero_table(encoder, _exported(folder / WEIGHTS)), folder / WEIGHTS)
     if encoder.rope is not None and encoder.rope.state_dict():
-        _load(encoder.rope, read_weights(folder / ROPE), folder / ROPE)
+        _load(encoder.rope, _exported(folder / ROPE), folder / ROPE)
     return encoder.eval(), config
+
+
+def _exported(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: not a whole export of hjepa")
+    return read_weights(path)
 
 
 def _drop_zero_table(encoder: Encoder, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ tensors; the ones that read values are skipped while torch.compile or an export 
 Not covered: options of VisionRoPE2D (`rope.py`) and whole configs (`config.py`).
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +20,15 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
 
 
-def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """An int or (height, width) as (height, width)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+def as_pair(size: int | tuple[int, int], name: str = "img_size") -> tuple[int, int]:
+    """An int or (height, width) as (height, width). Raises ValueError on any other, strings and fractions too."""
+    try:
+        parts = [operator.index(part) for part in (size if isinstance(size, Sequence) else (size, size))]
+    except TypeError:
+        parts = []
+    if len(parts) != 2:
+        raise ValueError(f"{name}={size!r} must be a whole number or (height, width)")
+    return parts[0], parts[1]
 
 
 def check_image(size: tuple[int, int], patch: int) -> None:

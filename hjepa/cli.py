@@ -1,7 +1,8 @@
 """The command line: hjepa train | evaluate | export | sweep | tour.
 
-A mistake of the user gives one line, "hjepa: error: ...", and exit code 2; work that was started and failed gives a
-line and 1; Ctrl-C gives a line and 130. `--traceback` shows where an error comes from instead.
+A mistake of the user, or a file, disk or network that fails, gives one line, "hjepa: error: ...", and exit code 2;
+a training that diverged or a sweep with failed runs gives a line and 1; Ctrl-C gives a line and 130. `--traceback`
+shows where an error comes from instead.
 Heavy imports stand inside the functions, so that help and mistakes answer at once.
 Not covered: launching several processes; `torchrun -m hjepa train ...` does that.
 """

@@ -256,11 +256,11 @@ def _encode_all(
 
 def _geometry(x: Tensor, x_home: Tensor, seed: int) -> dict[str, Interval]:
     with one_thread():
-        x, x_home = _narrow(x), _narrow(x_home)
+        narrow, narrow_home = _narrow(x), _narrow(x_home)
         return {
-            "effective_rank": jackknife_interval(lambda i: effective_rank(x[i]), len(x), seed=seed),
-            "feature_std": jackknife_interval(lambda i: feature_std(x[i]), len(x), seed=seed),
-            "cka": jackknife_interval(lambda i: linear_cka(x[i], x_home[i]), len(x), seed=seed),
+            "effective_rank": jackknife_interval(lambda i: effective_rank(narrow[i]), len(x), seed=seed),
+            "feature_std": jackknife_interval(lambda i: feature_std(x[i]), len(x), seed=seed),  # a rotation changes it
+            "cka": jackknife_interval(lambda i: linear_cka(narrow[i], narrow_home[i]), len(x), seed=seed),
         }
 
 

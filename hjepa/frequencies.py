@@ -79,10 +79,12 @@ def rescaled(
         pairs = base.shape[-1] // 2
         exponent = torch.arange(pairs, device=base.device) / max(pairs - 1, 1)
         scaled = base * scale ** -exponent.repeat(2)
-    else:
+    elif strategy == "ntk_by_parts":
         turns = _per_axis(trained, base) * base / (2 * math.pi)
         keep = ((turns - PARTS[0]) / (PARTS[1] - PARTS[0])).clamp(0, 1)
         scaled = base * (keep + (1 - keep) / scale)
+    else:
+        raise NotImplementedError(f"strategy={strategy!r} has no frequencies here")
     return scaled, ((scaled - base) / 2).sum(0)
 
 

@@ -166,7 +166,7 @@ def _check(
         ("target_aspect", target_aspect, math.inf),
         ("context_scale", context_scale, 1.0),
     ):
-        if not 0 < low <= high <= top:
+        if not 0 < low <= high <= top or math.isinf(high):
             raise ValueError(f"{name}=({low}, {high}) needs 0 < low <= high" + ("" if top > 1 else " <= 1"))
     if levels > 1 and max(level_grid(grid_size, levels - 1)) < 2:
         raise ValueError(

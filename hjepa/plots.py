@@ -173,28 +173,6 @@ def label_lines(ax: Axes) -> None:
                 transform=ax.get_yaxis_transform())  # fmt: skip
 
 
-def bar_with_interval(
-    bars: Mapping[str, tuple[float, float, float]], *, reference: float | None = None, ax: Axes | None = None
-) -> Axes:
-    """Horizontal bars, first on top, each {label: (value, low, high)} with its interval and its number.
-
-    reference: a vertical dashed line, such as chance or the unrotated encoder.
-    """
-    ax = ax or plt.subplots(figsize=(5.6, 0.5 + 0.32 * len(bars)))[1]
-    colors = line_colors(list(bars))
-    for y, (name, (value, low, high)) in enumerate(bars.items()):
-        ax.barh(y, value, height=0.65, color=colors[name], alpha=0.75)
-        ax.plot([low, high], [y, y], color="#222222", lw=1.4, label=f"_{name}")
-        ax.annotate(f"{value:.3g}", (max(value, high, 0), y), xytext=(4, 0), textcoords="offset points", va="center")
-    if reference is not None:
-        ax.axvline(reference, color=COLORS["pixels"], ls="--", lw=1.2)
-    ax.set_yticks(range(len(bars)), list(bars))
-    ax.invert_yaxis()
-    ax.grid(False, axis="y")
-    ax.margins(x=0.12)
-    return ax
-
-
 # ---- grids
 
 

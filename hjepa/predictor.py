@@ -61,7 +61,7 @@ class Predictor(nn.Module):
         rope: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads or embed_dim % 4:
+        if num_heads < 1 or embed_dim % num_heads or embed_dim % 4:
             raise ValueError(f"predictor embed_dim={embed_dim} must be a multiple of 4 and of num_heads={num_heads}")
         self.grid_size, self.num_prefix_tokens, self.use_absolute = grid_size, num_prefix_tokens, use_absolute
         self.embed = nn.Linear(encoder_dim, embed_dim)

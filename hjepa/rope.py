@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice
+from .checks import as_pair, check_choice
 from .frequencies import (
     COORDINATES,
     KINDS,
@@ -81,8 +81,7 @@ class VisionRoPE2D(nn.Module):
         rescale: float = 1.0,
     ) -> None:
         super().__init__()
-        side = num_patches_per_side
-        self.grid_size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+        self.grid_size = as_pair(num_patches_per_side, "num_patches_per_side")
         self.dim, self.patch_size, self.num_heads, self.num_layers = dim, patch_size, num_heads, num_layers
         self.kind, self.coordinates, self.fraction, self.learnable = kind, coordinates, fraction, learnable
         self.shift, self.jitter, self.rescale = shift, jitter, rescale

@@ -64,12 +64,26 @@ class RunLog:
 
 
 def read_log(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Rows of run_dir/log.jsonl, an empty list without one. A last line cut short by a crash is left out."""
+    """Rows of run_dir/log.jsonl, an empty list without one. A last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: a line that is no row, with the file and its number.
+    """
     path = Path(run_dir) / "log.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    return [_row(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{where} is not a row of a training log: {line.strip()[:60]!r}")
+    return row
 
 
 def _replace(path: Path, write: Callable[[TextIO], object]) -> None:
@@ -116,7 +130,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 # ---- may this folder be used?
 
-# a resumed run may differ from its first part in these: they change no number, or only its rounding
+# a resumed run may differ from its first part in these: they change no weight but by rounding, at most what is logged
 FREE_ON_RESUME = (
     "data.root", "train.accumulate", "train.num_workers", "train.threads", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
@@ -124,15 +138,19 @@ FREE_ON_RESUME = (
 
 
 def check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
-    """Refuse to mix two runs in one folder. ValueError naming the folder or the first key that differs."""
+    """Refuse to mix two runs in one folder. ValueError naming the folder or the first key that differs.
+
+    With a regularizer, a statistic of the micro-batch, train.accumulate is a part of the objective and must not change.
+    """
     saved = any((run_dir / "checkpoints").glob("step_*"))
     if saved and not resume:
         raise ValueError(f"{run_dir} already holds a run; resume it, or choose another folder")
     if not saved or not (run_dir / "config.yaml").exists():
         return
     before, now = (_flat(c) for c in (load_config(run_dir / "config.yaml"), config))
+    bound = () if config.loss.regularizer == "none" else ("train.accumulate",)
     for key in before:
-        if before[key] != now[key] and not key.startswith(FREE_ON_RESUME):
+        if before[key] != now[key] and (key in bound or not key.startswith(FREE_ON_RESUME)):
             raise ValueError(f"cannot resume {run_dir}: it was started with {key}={before[key]}, not {now[key]}")
 
 

@@ -7,6 +7,7 @@ A row is a plain dict with encoder, size (height, width in pixels), metric, valu
 import csv
 import io
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ MEASURED = ("value", "low", "high", "n", "interval")  # every other key of a row
 def size_pair(size: Any) -> tuple[int, int]:
     """Image size in pixels as (height, width): 64, (64, 96), [64, 96], "64" and "64x96" are understood."""
     try:
-        parts = size.split("x") if isinstance(size, str) else list(size) if hasattr(size, "__iter__") else [size]
-        height, width = (int(parts[0]), int(parts[-1])) if len(parts) in (1, 2) else (0, 0)
-    except (ValueError, TypeError, OverflowError):
+        text = isinstance(size, str)
+        many = hasattr(size, "__iter__") and not isinstance(size, bytes)
+        parts = size.split("x") if text else list(size) if many else [size]
+        whole = [int(part) if text else operator.index(part) for part in parts if not isinstance(part, bool)]
+        height, width = (whole[0], whole[-1]) if len(whole) == len(parts) in (1, 2) else (0, 0)
+    except (ValueError, TypeError):
         height = width = 0
     if min(height, width) < 1:
         raise ValueError(f"image size {size!r} is not understood; give a positive integer or (height, width)")

@@ -309,6 +309,22 @@ def test_a_foreign_folder_is_no_export(tiny, tmp_path):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "rope.safetensors"])
+def test_an_export_without_one_of_its_files_is_named(tiny, tmp_path, name):
+    make_run(tiny(*ROPE, "model.rope.kind=mixed"), tmp_path / "run")
+    out = export_encoder(tmp_path / "run", tmp_path / "out")
+    (out / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name} is missing: not a whole export"):
+        load_pretrained(out)
+
+
+@pytest.mark.parametrize("encoder", [{"foo": 1}, ["vit_tiny_patch16_224"], {"encoder_type": "vit_unknown"}])
+def test_an_export_that_describes_no_encoder_is_refused(tmp_path, encoder):
+    (tmp_path / "config.json").write_text(json.dumps({"hjepa": {"encoder": encoder, "which": "target"}}))
+    with pytest.raises(CheckpointError, match=r"config.json describes no encoder of hjepa"):
+        load_pretrained(tmp_path)
+
+
 # ---- the hub, replaced by a folder
 
 

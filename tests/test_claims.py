@@ -74,7 +74,7 @@ def test_saved_memory() -> None:
     for images in (torch.randn(2, 3, 224, 224), torch.randn(1, 3, 224, 224)):
         off, on = saved_bytes(plain, images), saved_bytes(rotary, images)
         assert on - off == table
-    check("saved_memory", kilobytes=table / 1024, percent=100 * (on / off - 1))
+    check("saved_memory", kilobytes=table / 1000, percent=100 * (on / off - 1))
 
 
 def test_parameters_added() -> None:

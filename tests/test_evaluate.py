@@ -262,6 +262,16 @@ def test_narrowed_wide_features_keep_rank_and_cka():
     assert linear_cka(_narrow(x), _narrow(y)) == pytest.approx(linear_cka(x, y), rel=1e-6)
 
 
+def test_feature_std_of_features_wider_than_the_pictures_are_many():
+    """The narrowing that keeps rank and CKA is a rotation, and a rotation changes the spread per channel."""
+    test = Colours(10, seed=1)
+    rows = resolution_transfer({"raw": raw_pixels(8)}, Colours(20, seed=0), test, train_size=8, sizes=[], refit=False)
+    pixels = test.at_size((8, 8)).flatten(1).double()
+    assert pixels.shape == (10, 192)
+    expected = (pixels / pixels.norm(dim=1, keepdim=True)).std(0).mean().item()
+    assert _value(rows, metric="feature_std") == pytest.approx(expected, rel=1e-6)
+
+
 def test_strategies_of_a_real_encoder_differ_only_away_from_its_training_size():
     torch.manual_seed(0)
     vit = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -119,6 +119,7 @@ def test_rows_picks_samples_of_every_index() -> None:
         ({"target_scale": (0.0, 0.2)}, r"target_scale=\(0.0, 0.2\)"),
         ({"context_scale": (0.5, 1.2)}, r"context_scale=\(0.5, 1.2\)"),
         ({"target_aspect": (float("nan"), 1.0)}, r"target_aspect=\(nan, 1.0\)"),
+        ({"target_aspect": (1.0, float("inf"))}, r"target_aspect=\(1.0, inf\)"),
         ({"grid": (4, 4), "levels": 3}, "levels=3 makes the whole 4x4 grid one cell; at most 2 levels fit"),
         ({"grid": (3, 3), "levels": 1, "target_scale": (1.0, 1.0)}, "without context on the 3x3 grid"),
         ({"batch": 0}, "batch_size=0 must be at least 1"),

@@ -1,6 +1,7 @@
 """The files around the code agree with it: dependencies, import order, configs, README, Makefile."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import DictConfig
 
 import hjepa
+from hjepa import build
+from hjepa.cli import main
 from hjepa.config import KEYS, load_config
 from hjepa.sweep import load_sweep
 from hjepa.tour import NOTEBOOK
+from hjepa.train import train
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hjepa"
@@ -99,18 +104,29 @@ def test_every_sweep_file_fits_its_notebook(path, monkeypatch):
     assert load_sweep(path)[1]
 
 
-def test_every_config_key_is_read_somewhere():
-    readers = [PACKAGE / f"{name}.py" for name in MODULES if name not in ("config", "rules")]
-    used = set()
-    for path in readers:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute):
-                used.add(node.attr)
-            elif isinstance(node, ast.arg | ast.keyword) and node.arg:
-                used.add(node.arg)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                used.add(node.value)
-    assert not [key for key in KEYS if key.rsplit(".", 1)[-1] not in used]
+def test_every_config_key_is_read_by_building_training_and_evaluating(tiny, tmp_path, monkeypatch):
+    """Recorded at each access, so that a key does not pass because another section has one of its name."""
+    read = set()
+    attribute, item = DictConfig.__getattr__, DictConfig.__getitem__
+
+    def record(self, key, original):
+        if not str(key).startswith("_"):
+            read.add(self._get_full_key(key))
+        return original(self, key)
+
+    monkeypatch.setattr(DictConfig, "__getattr__", lambda self, key: record(self, key, attribute))
+    monkeypatch.setattr(DictConfig, "__getitem__", lambda self, key: record(self, key, item))
+
+    def record_all(section, original=build.plain):  # a whole section becomes keyword arguments: none may be unknown
+        read.update(section._get_full_key(key) for key in section)
+        return original(section)
+
+    monkeypatch.setattr(build, "plain", record_all)
+    config = tiny("train.steps=2", "train.checkpoint_every=2", "model.rope.use_rope=true")
+    assert not read  # reading and checking a config is not using it
+    train(config, tmp_path / "run", progress=False)
+    assert main(["evaluate", "--run", str(tmp_path / "run")]) == 0
+    assert [key for key in KEYS if key not in read] == []
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no README.md")
@@ -150,6 +166,14 @@ def test_ci_runs_the_commands_of_the_readme():
     text = (ROOT / ".ci" / "run").read_text()
     assert [word for word in re.findall(r"step make (\w+)", text)] == ["env", "lint", "tour", "test", "mutants"]
     assert "step make tour QUICK=1" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_formula_of_a_notebook_has_doubled_backslashes(path):
+    """TeX reads one as a line break before a plain word."""
+    cells = json.loads(path.read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    assert not [found for text in texts for found in re.findall(r"\\\\[A-Za-z]\w*", text)]
 
 
 def test_no_committed_text_names_a_place_on_somebodys_machine():

@@ -14,7 +14,6 @@ from hjepa.plots import (
     BASELINES,
     COLORS,
     CYCLE,
-    bar_with_interval,
     line_colors,
     pca_features,
     picture,
@@ -255,12 +254,3 @@ def test_rotation_pairs_turns_each_arrow_counterclockwise_by_its_angle():
     assert tip["_before 0"] == pytest.approx(1) and tip["_after 0"] == pytest.approx(1j)
     assert tip["_before 1"] - 2.4 == pytest.approx(-1j)
     assert (tip["_after 1"] - 2.4) / (tip["_before 1"] - 2.4) == pytest.approx(np.exp(0.3j))
-
-
-def test_bars_have_their_value_interval_and_reference():
-    ax = bar_with_interval({"rope": (0.74, 0.7, 0.77), "absolute": (0.7, 0.68, 0.73)}, reference=0.1)
-    assert [bar.get_width() for bar in ax.patches] == [0.74, 0.7]
-    assert list(_lines(ax)["_absolute"].get_xdata()) == [0.68, 0.73]
-    assert list(ax.get_lines()[-1].get_xdata()) == [0.1, 0.1]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["rope", "absolute"]
-    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # first on top

@@ -149,5 +149,7 @@ def test_what_does_not_fit_is_refused_by_value() -> None:
         predictor(context(), PATCHES[:, :2], QUERIES)
     with pytest.raises(ValueError, match=r"embed_dim=18 must be a multiple of 4"):
         Predictor(12, 18, 1, 2)
+    with pytest.raises(ValueError, match=r"num_heads=0"):
+        Predictor(12, 12, 1, 0)
     with pytest.raises(ValueError, match=r"dim=6 is not divisible by 4"):
         Predictor(12, 12, 1, 2, use_rope=True)

@@ -21,7 +21,9 @@ def test_sizes_are_height_then_width_however_written(given, pair):
     assert size_pair(size_text(pair)) == pair
 
 
-@pytest.mark.parametrize("wrong", [[None, 3], [float("inf")], 0, -8, "big", (1, 2, 3), [], "8x"])
+@pytest.mark.parametrize(
+    "wrong", [[None, 3], [float("inf")], 0, -8, "big", (1, 2, 3), [], "8x", 48.5, True, [64, 64.9], b"64"]
+)
 def test_other_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match="not understood"):
         size_pair(wrong)

@@ -246,8 +246,16 @@ def test_a_run_is_not_overwritten_and_not_continued_with_other_settings(tiny, tm
         train(tiny("train.steps=5"), tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"started with train.lr=0.001, not 0.5"):
         train(tiny("train.steps=5", "train.lr=0.5"), tmp_path, resume=True, progress=False)
-    train(tiny("train.steps=5", "train.num_workers=1"), tmp_path, resume=True, progress=False)
+    train(tiny("train.steps=5", "train.num_workers=1", "train.accumulate=2"), tmp_path, resume=True, progress=False)
     assert weights(tmp_path) == before
+
+
+def test_under_a_regularizer_the_parts_of_a_batch_are_no_free_setting(tiny, tmp_path):
+    """It is a statistic of the micro-batch: another number of parts is another objective."""
+    spread = ("train.steps=2", "loss.regularizer=variance", "loss.regularizer_weight=0.1")
+    train(tiny(*spread), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"started with train.accumulate=1, not 2"):
+        train(tiny(*spread, "train.accumulate=2"), tmp_path, resume=True, progress=False)
 
 
 def test_resume_falls_back_to_the_last_whole_checkpoint_and_keeps_the_damaged_one(tiny, tmp_path):
@@ -346,6 +354,13 @@ def test_tensorboard_missing_is_said_before_training(tiny, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"train.tensorboard=true needs the tensorboard package"):
         train(tiny("train.tensorboard=true"), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("line", ["not json", '{"loss": 1.0}', "[1]", '{"step": "one"}'])
+def test_a_line_that_is_no_row_of_a_log_is_named(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl, line 2 is not a row of a training log"):
+        read_log(tmp_path)
 
 
 def test_a_log_line_cut_by_a_crash_is_left_out(tmp_path):
