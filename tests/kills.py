@@ -160,8 +160,8 @@ def tour(where: Path, count: int, rng: random.Random) -> bool:
     tables = complete()
     return all([
         check(f"ends well after {kills} kills", code == 0 and kills == count),
-        check("only whole tours left a table", len(tables) == 2),
-        check("the same table", len(set(tables)) == 1),
+        check("the tours before and after left a table", len(tables) >= 2),  # more: killed after writing theirs
+        check("every table is whole: the same", len(set(tables)) == 1),
     ])  # fmt: skip
 
 
