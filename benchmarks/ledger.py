@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hjepa.tables import Row, rows_from_csv, size_text, summarise
+from hjepa.evaluate.results import Row, rows_from_csv, size_text, summarise
 
 Claim = dict[str, Any]
 VERDICTS = ("holds", "holds when", "does not hold", "not settled yet")

@@ -23,9 +23,9 @@ import torch
 from timm.layers import Attention, AttentionRope, RotaryEmbeddingCat, apply_rot_embed_cat
 from torch import Tensor, nn
 
-from hjepa.attention import RoPEAttentionWrapper
-from hjepa.rope import VisionRoPE2D
-from hjepa.rotation import rotate, rotated_heads, split_heads
+from hjepa.nn.attention import RoPEAttentionWrapper
+from hjepa.nn.rope import VisionRoPE2D
+from hjepa.nn.rotation import rotate, rotated_heads, split_heads
 
 Rotation = Callable[[Tensor], tuple[Tensor, ...]]
 PEERS = ("timm", "transformers DINOv3", "rotary-embedding-torch", "textbook")

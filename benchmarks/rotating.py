@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from benchmarks.timing import Call, compare, quartiles, sample, threads, value
-from hjepa.encoders import ContextEncoder
-from hjepa.rope import VisionRoPE2D
-from hjepa.rotation import rotate_qkv_
+from hjepa.nn.encoders import ContextEncoder
+from hjepa.nn.rope import VisionRoPE2D
+from hjepa.nn.rotation import rotate_qkv_
 
 Entry = dict[str, Any]
 HEADS, DIM = 6, 64  # ViT-S

@@ -21,10 +21,10 @@ from benchmarks.rotating import Entry, Setup, forward_backward, matmul_speed
 from benchmarks.timing import compare, quartiles, sample, threads, value
 from hjepa.build import build_model, draw_masks, load_split, parameter_groups
 from hjepa.config import Config, load_config
-from hjepa.data import TrainView
-from hjepa.masks import Masks
-from hjepa.model import HJEPA
-from hjepa.schedule import batch_at
+from hjepa.data.images import TrainView
+from hjepa.nn.hjepa import HJEPA
+from hjepa.nn.masks import Masks
+from hjepa.train.schedule import batch_at
 
 ROPE_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "rope_experiment.yaml"
 SMALL = "train.mixed_precision=no"

@@ -1,20 +1,26 @@
 """hjepa: rotary positions (RoPE) in a hierarchical joint-embedding predictive architecture on vision transformers.
 
-Data flows one way, and so do imports; each line is a module, top to bottom:
+Data flows one way, and so do imports; each line is a place, top to bottom:
 
-    checks                             what callers hand to the layers, refused by name
-    openmoji imagefiles sources data   pictures by name, at any image size
-    masks                              patch grid -> context_idx, target_idx per level
-    frequencies rotation rope          positions -> frequencies -> rotation table
-    attention vit encoders             timm attention rotated; ContextEncoder, TargetEncoder
-    predictor model                    queries (level, position) -> features; HJEPA and its loss
-    reading tables rules config        YAML -> typed configuration
-    schedule build                     config -> model, pictures and masks of step t
-    sharding storage checkpoint        weights on disk, plain timm exports
-    metrics evaluate                   frozen features -> kNN, probe, retrieval, rank at any size
-    runlog train                       the training loop: hjepa.train.train
-    runs notebooks sweep tour          notebooks over grids of parameters, fresh folders
-    plots cli                          data in, matplotlib Axes out; the command line
+    inputs files                          names, sizes and files that people hand in; folders, locks, whole writes
+    nn.checks                             what callers hand to the layers, refused by name
+    nn.masks                              patch grid -> context_idx, target_idx per level
+    nn.frequencies nn.rotation nn.rope    positions -> frequencies -> rotation table
+    nn.attention nn.vit nn.encoders       timm attention rotated; ContextEncoder, TargetEncoder
+    nn.predictor nn.losses nn.hjepa       queries (level, position) -> features; what prevents collapse; HJEPA
+    data.openmoji data.folder             drawings; image files and the folders they lie in
+    data.sources data.images              pictures by name, at any image size
+    config                                YAML -> typed configuration, every key with its range beside it
+    train.schedule build                  config -> model, pictures and masks of step t
+    train.sharding train.checkpoint       weights on disk, written whole or not at all
+    hub                                   load_run, load_pretrained, plain timm exports
+    evaluate.measures evaluate.readers    rank, spread, intervals; kNN, retrieval, linear probes
+    evaluate.results evaluate.transfer    rows of results; frozen features -> readings at any size
+    train.log train.loop                  the training loop: hjepa.train.train
+    evaluate.plots                        data in, matplotlib Axes out
+    experiments.notebooks                 a notebook with parameters, in its own process
+    experiments.sweep experiments.tour    a grid of runs; the main job
+    cli                                   the command line
 
 Glossary. B batch, N tokens, D width; H and W the PATCH GRID (never pixels), height first everywhere. context_idx and
 target_idx are row-major indices; is_masked is boolean, True = hidden. level l has cells of 2^l x 2^l patches. theta is
@@ -22,27 +28,46 @@ the base of the rotation frequencies. A strategy says which positions a grid of 
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from types import ModuleType
 from typing import Any
 
-_HOME = {
-    "VisionRoPE2D": "rope",
-    "RoPEAttentionWrapper": "attention",
-    "ContextEncoder": "encoders",
-    "TargetEncoder": "encoders",
-    "create_encoder": "encoders",
-    "Predictor": "predictor",
-    "HJEPA": "model",
-    "sample_masks": "masks",
-    "load_data": "data",
-    "load_config": "config",
-    "load_run": "checkpoint",
-    "resolution_transfer": "evaluate",
-}
-__all__ = sorted(_HOME)
+import lazy_loader
+
+# Public names are imported on first use, so that `import hjepa` and `hjepa --help` stay quick; __init__.pyi names them.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+# Modules that had another place in version 0.1, under which they can still be imported.
+_MOVED = {
+    **{name: f"nn.{name}" for name in (
+        "checks", "frequencies", "rope", "rotation", "attention", "vit", "encoders", "predictor", "masks",
+    )},
+    **{name: f"experiments.{name}" for name in ("sweep", "notebooks", "tour")},
+    "model": "nn.hjepa", "sources": "data.sources", "imagefiles": "data.folder", "openmoji": "data.openmoji",
+    "schedule": "train.schedule", "storage": "train.checkpoint", "sharding": "train.sharding", "runlog": "train.log",
+    "checkpoint": "hub", "metrics": "evaluate", "tables": "evaluate.results", "plots": "evaluate.plots",
+    "runs": "files", "reading": "files", "rules": "config",
+}  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """Public names are imported on first use, so that `import hjepa` and `hjepa --help` stay quick."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'hjepa' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives `import hjepa.OLD` the module at its new place."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        known = package == __name__ and name in _MOVED
+        return importlib.machinery.ModuleSpec(fullname, self, origin=_MOVED[name]) if known else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        module = importlib.import_module(f".{spec.origin}", __name__)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state  # the import system has put the old name's there
+
+
+sys.meta_path.append(_Moved())

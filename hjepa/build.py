@@ -12,14 +12,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from .config import Config
-from .data import ImageData, load_data
-from .encoders import ContextEncoder, TargetEncoder, create_encoder
-from .masks import Masks, sample_masks
-from .model import HJEPA
-from .predictor import Predictor
-from .rules import patch_side
-from .schedule import generator_at, mix
+from .config import Config, patch_side
+from .data.images import ImageData, load_data
+from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
+from .nn.hjepa import HJEPA
+from .nn.masks import Masks, sample_masks
+from .nn.predictor import Predictor
+from .train.schedule import generator_at, mix
 
 
 def plain(section: Any) -> dict[str, Any]:

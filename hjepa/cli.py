@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .reading import nearest
+from .inputs import nearest, size_pair
 
 MISTAKES = (ValueError, OSError, ImportError)
 
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     from .config import load_config
-    from .runs import fresh_folder, hold
+    from .files import fresh_folder, hold
 
     if arguments.resume and not arguments.run:
         raise ValueError("--resume needs --run FOLDER, the run to go on with")
@@ -130,7 +130,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(file, arguments.overrides)
     folder = Path(arguments.run) if arguments.run else fresh_folder("runs", f"train-{datetime.now():%Y%m%d-%H%M%S}")
 
-    from .train import train
+    from .train.loop import train
 
     if int(os.environ.get("RANK", "0")) > 0:
         train(config, folder, resume=arguments.resume)
@@ -147,10 +147,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
     from .build import build_encoders, load_split, plain
-    from .checkpoint import load_run
-    from .evaluate import raw_pixels, resolution_transfer
-    from .runs import fresh_path
-    from .tables import format_table, rows_to_csv, size_pair
+    from .evaluate.results import format_table, rows_to_csv
+    from .evaluate.transfer import raw_pixels, resolution_transfer
+    from .files import fresh_path
+    from .hub import load_run
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
     loaded = {Path(run).name: load_run(run, arguments.which) for run in arguments.run}
@@ -178,8 +178,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
     """Name -> encoder; with strategies, each RoPE run once per strategy."""
-    from .evaluate import with_strategy
-    from .rope import STRATEGIES
+    from .evaluate.transfer import with_strategy
+    from .nn.rope import STRATEGIES
 
     wanted = strategies.split(",") if strategies else []
     for word in wanted:
@@ -198,14 +198,14 @@ def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from .checkpoint import export_encoder
+    from .hub import export_encoder
 
     print(f"files: {export_encoder(arguments.run, arguments.out, push_to=arguments.push_to)}")
     return 0
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from .sweep import load_sweep, run_sweep
+    from .experiments.sweep import load_sweep, run_sweep
 
     sweep, runs = load_sweep(arguments.file)
     print(f"{len(runs)} runs of {sweep.notebook}, {sweep.max_parallel} at a time, results in {sweep.out}", flush=True)
@@ -222,8 +222,8 @@ def _show_sweep(out: Path) -> None:
     """Means over seeds as summary.md and printed, and figure.png, where the runs measured resolution transfer."""
     import json
 
-    from .plots import sweep_figure
-    from .tables import sweep_rows, sweep_summary
+    from .evaluate.plots import sweep_figure
+    from .evaluate.results import sweep_rows, sweep_summary
 
     rows = sweep_rows(json.loads((out / "results.json").read_text(encoding="utf-8")))
     if not any(row.get("metric") == "cka" and "seed" in row for row in rows):
@@ -235,7 +235,7 @@ def _show_sweep(out: Path) -> None:
 
 
 def _tour(arguments: argparse.Namespace) -> int:
-    from .tour import run_tour
+    from .experiments.tour import run_tour
 
     run_tour(arguments.data, quick=arguments.quick, path=arguments.path, root=arguments.root, out=arguments.out)
     return 0

@@ -10,59 +10,78 @@ and `dict(config.model.rope)` gives plain keyword arguments. Source of the conta
 configs". Not covered: what the values do, which the modules that read them say.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .reading import nearest, parse_yaml, read_yaml
-from .rules import check_values
+from .data.images import DATASETS
+from .files import parse_yaml, read_yaml
+from .inputs import nearest, size_pair
+from .nn.frequencies import COORDINATES, KINDS, STRATEGIES
+from .nn.hjepa import DISTANCES
+from .nn.losses import REGULARIZERS
+
+LARGEST = 10**18
+
+
+def key(default: Any, **allowed: Any) -> Any:
+    """A config key: its default, and what is allowed of it.
+
+    at_least, above, at_most: bounds of a number or of each number in a list. choices: names. interval: a pair
+    (smallest, largest) above 0, and the largest that is allowed.
+    """
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=allowed)
+    return field(default=default, metadata=allowed)
+
 
 
 @dataclass
 class DataConfig:
     """Which pictures, and how a training view is cut from one."""
 
-    name: str = "openmoji"  # a name of hjepa.data.DATASETS
+    name: str = key("openmoji", choices=tuple(DATASETS))  # a name of hjepa.data.DATASETS
     root: str = "data"  # folder that holds or receives downloaded data sets
     path: str | None = None  # the folder of class folders, for name: imagefolder
-    image_size: int = 64  # training image side, pixels; the one that features are measured at
-    train_scales: list[float] = field(default_factory=lambda: [1.0])  # times image_size: sides drawn from in training
-    crop_scale: list[float] = field(default_factory=lambda: [0.3, 1.0])  # area share of a crop
+    image_size: int = key(64, at_least=1)  # training image side, pixels; the one that features are measured at
+    train_scales: list[float] = key([1.0], above=0)  # times image_size: sides drawn from in training
+    crop_scale: list[float] = key([0.3, 1.0], interval=1.0)  # area share of a crop
     flip: bool = True  # mirror left-right half of the time
-    color_jitter: float = 0.0  # strength of brightness, contrast and saturation changes
-    limit: int | None = None  # at most this many training pictures
-    on_corrupt: str = "error"  # error, or skip: what an unreadable image file does
+    color_jitter: float = key(0.0, at_least=0, at_most=1)  # strength of brightness, contrast and saturation changes
+    limit: int | None = key(None, at_least=1)  # at most this many training pictures
+    on_corrupt: str = key("error", choices=("error", "skip"))  # error, or skip: what an unreadable image file does
 
 
 @dataclass
 class RopeConfig:
-    """Rotary positions; see hjepa.rope."""
+    """Rotary positions; see hjepa.nn.rope."""
 
     use_rope: bool = False  # rotate queries and keys in every attention layer
-    theta: float = 10000.0  # base of the frequencies; 100 suits grids of 8 to 30 patches
-    kind: str = "axial"  # axial: fixed row and column halves; mixed: learned 2-D frequencies
+    theta: float = key(10000.0, above=0)  # base of the frequencies; 100 suits grids of 8 to 30 patches
+    kind: str = key("axial", choices=KINDS)  # axial: fixed row and column halves; mixed: learned 2-D frequencies
     learnable: bool = False  # train the frequencies
-    theta_per_layer: list[float] | None = None  # one theta per layer instead of one for all
-    strategy: str = "extrapolate"  # what to do with positions on a grid not trained on
-    coordinates: str = "index"  # index: counted in patches; normalized: in picture widths
-    fraction: float = 1.0  # share of each head's channels that rotates
-    shift: float = 0.0  # training only: random shift, at most this share of half the grid
-    jitter: float = 1.0  # training only: random stretch of each axis, between 1/jitter and jitter
-    rescale: float = 1.0  # training only: random stretch of both axes alike, between 1/rescale and rescale
+    theta_per_layer: list[float] | None = key(None, above=0)  # one theta per layer instead of one for all
+    strategy: str = key("extrapolate", choices=STRATEGIES)  # what to do with positions on a grid not trained on
+    coordinates: str = key("index", choices=COORDINATES)  # index: counted in patches; normalized: in picture widths
+    fraction: float = key(1.0, above=0, at_most=1)  # share of each head's channels that rotates
+    shift: float = key(0.0, at_least=0)  # training only: random shift, at most this share of half the grid
+    jitter: float = key(1.0, at_least=1)  # training only: random stretch of each axis, between 1/jitter and jitter
+    rescale: float = key(1.0, at_least=1)  # training only: random stretch of both axes alike
 
 
 @dataclass
 class PredictorConfig:
     """The narrow transformer that guesses target features."""
 
-    embed_dim: int = 96  # width
-    depth: int = 2  # layers
-    num_heads: int = 4  # attention heads
+    embed_dim: int = key(96, at_least=1)  # width
+    depth: int = key(2, at_least=1)  # layers
+    num_heads: int = key(4, at_least=1)  # attention heads
 
 
 @dataclass
@@ -70,59 +89,59 @@ class ModelConfig:
     """The two encoders and the predictor; null means the encoder type's own value."""
 
     encoder_type: str = "vit_tiny_patch16_224"  # a timm VisionTransformer
-    patch_size: int | None = 8  # patch side, pixels
-    embed_dim: int | None = 96  # width
-    depth: int | None = 4  # layers
-    num_heads: int | None = 4  # attention heads
+    patch_size: int | None = key(8, at_least=1)  # patch side, pixels
+    embed_dim: int | None = key(96, at_least=1)  # width
+    depth: int | None = key(4, at_least=1)  # layers
+    num_heads: int | None = key(4, at_least=1)  # attention heads
     class_token: bool | None = False  # keep a CLS token
     pretrained: bool = False  # start from timm's published weights
     use_absolute: bool = True  # keep the learned position table
     rope: RopeConfig = field(default_factory=RopeConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
-    level_weights: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25])  # one loss weight per level
+    level_weights: list[float] = key([1.0, 0.5, 0.25])  # one loss weight per level
 
 
 @dataclass
 class MasksConfig:
     """Which patches are seen and which are guessed; shares are of the patch grid."""
 
-    num_targets: int = 4  # target blocks per image
-    target_scale: list[float] = field(default_factory=lambda: [0.15, 0.2])  # area of a target
-    target_aspect: list[float] = field(default_factory=lambda: [0.75, 1.5])  # its height over width
-    context_scale: list[float] = field(default_factory=lambda: [0.85, 1.0])  # area of the context block
+    num_targets: int = key(4, at_least=1)  # target blocks per image
+    target_scale: list[float] = key([0.15, 0.2], interval=1.0)  # area of a target
+    target_aspect: list[float] = key([0.75, 1.5], interval=math.inf)  # its height over width
+    context_scale: list[float] = key([0.85, 1.0], interval=1.0)  # area of the context block
 
 
 @dataclass
 class LossConfig:
     """How a guess is compared with its target, and what keeps features from collapsing."""
 
-    kind: str = "smooth_l1"  # distance between prediction and target, or mse
-    regularizer: str = "none"  # none, variance or sketched_gaussian
-    regularizer_weight: float = 0.0  # its weight in the loss
+    kind: str = key("smooth_l1", choices=DISTANCES)  # distance between prediction and target, or mse
+    regularizer: str = key("none", choices=REGULARIZERS)  # none, variance or sketched_gaussian
+    regularizer_weight: float = key(0.0, at_least=0)  # its weight in the loss
 
 
 @dataclass
 class TrainConfig:
     """The loop. batch_size counts all processes and all accumulated parts together."""
 
-    steps: int = 1500  # optimiser steps
-    batch_size: int = 64  # images per optimiser step
-    accumulate: int = 1  # parts that a process cuts its share of the batch into
-    lr: float = 1e-3  # peak learning rate of AdamW
-    min_lr: float = 1e-5  # learning rate at the end of the cosine
-    warmup: int = 100  # steps of linear warm-up
-    weight_decay: float = 0.05  # on matrices only
-    clip_grad: float = 1.0  # largest gradient norm
-    ema_start: float = 0.99  # momentum of the target encoder at step 0
-    ema_end: float = 1.0  # momentum at the last step
-    mixed_precision: str = "no"  # no, bf16 or fp16
-    seed: int = 0  # everything random follows from it
-    num_workers: int = 0  # loader processes
-    threads: int = 2  # CPU threads of torch
-    log_every: int = 25  # steps between log lines
-    eval_every: int = 250  # steps between measures of the features
-    checkpoint_every: int = 250  # steps between checkpoints
-    keep_checkpoints: int = 2  # how many of the newest stay on disk
+    steps: int = key(1500, at_least=1)  # optimiser steps
+    batch_size: int = key(64, at_least=1)  # images per optimiser step
+    accumulate: int = key(1, at_least=1)  # parts that a process cuts its share of the batch into
+    lr: float = key(1e-3, above=0)  # peak learning rate of AdamW
+    min_lr: float = key(1e-5, at_least=0)  # learning rate at the end of the cosine
+    warmup: int = key(100, at_least=0)  # steps of linear warm-up
+    weight_decay: float = key(0.05, at_least=0)  # on matrices only
+    clip_grad: float = key(1.0, above=0)  # largest gradient norm
+    ema_start: float = key(0.99, at_least=0, at_most=1)  # momentum of the target encoder at step 0
+    ema_end: float = key(1.0, at_least=0, at_most=1)  # momentum at the last step
+    mixed_precision: str = key("no", choices=("no", "bf16", "fp16"))  # no, bf16 or fp16
+    seed: int = key(0, at_least=0)  # everything random follows from it
+    num_workers: int = key(0, at_least=0)  # loader processes
+    threads: int = key(2, at_least=1)  # CPU threads of torch
+    log_every: int = key(25, at_least=1)  # steps between log lines
+    eval_every: int = key(250, at_least=1)  # steps between measures of the features
+    checkpoint_every: int = key(250, at_least=1)  # steps between checkpoints
+    keep_checkpoints: int = key(2, at_least=1)  # how many of the newest stay on disk
     tensorboard: bool = False  # also write TensorBoard events
     grad_checkpointing: bool = False  # recompute layers in the backward pass: less memory, more time
 
@@ -131,11 +150,11 @@ class TrainConfig:
 class EvaluateConfig:
     """How frozen features are read."""
 
-    sizes: list[Any] = field(default_factory=lambda: [32, 48, 64, 96, 128])  # pixels: a side, or "48x96"
-    gallery: int = 2000  # training pictures that the readers are fitted on
-    queries: int = 1000  # test pictures
-    knn_k: int = 10  # neighbours that vote
-    pool: str = "mean"  # mean: over patch tokens; pyramid: that and a 2x2 grid of means
+    sizes: list[Any] = key([32, 48, 64, 96, 128])  # pixels: a side, or "48x96"
+    gallery: int = key(2000, at_least=1)  # training pictures that the readers are fitted on
+    queries: int = key(1000, at_least=1)  # test pictures
+    knn_k: int = key(10, at_least=1)  # neighbours that vote
+    pool: str = key("mean", choices=("mean", "pyramid"))  # mean of patch tokens; pyramid: that and a 2x2 grid of means
 
 
 @dataclass
@@ -228,10 +247,90 @@ def _set(config: Config, key: str, value: Any, where: str) -> None:
         raise ValueError(f"{where}: {key}={value!r} has the wrong type: {reason}") from None
 
 
+# ---- what makes sense
+
+DIVISIBLE = {
+    "model.embed_dim": "model.num_heads",
+    "model.predictor.embed_dim": "model.predictor.num_heads",
+    "train.batch_size": "train.accumulate",
+}
+
+
+def _allowed(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for item in fields(section):
+        if is_dataclass(item.type):
+            yield from _allowed(item.type, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item.metadata
+
+
+ALLOWED = dict(_allowed())
+
+
 def check_config(config: Config) -> None:
-    """Refuse values that have the right type and make no sense; see `hjepa.rules`.
+    """Refuse values that have the right type and make no sense, the first that is found.
 
     Raises:
         ValueError: one line that names the key, its value and what is allowed.
     """
-    check_values(_values(config))
+    values = _values(config)
+    for name, value in values.items():
+        _check_value(name, value, ALLOWED[name])
+    _check_together(values)
+
+
+def _check_value(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float):
+            _check_number(name, number, allowed)
+        elif isinstance(value, list) and name != "evaluate.sizes":  # the container lets mappings into lists
+            raise ValueError(f"{name}={value!r} must be a list of numbers")
+    top = allowed.get("interval")
+    if top and (len(value) != 2 or not 0 < value[0] <= value[1] <= top):
+        raise ValueError(f"{name}={value} must be two numbers, 0 < smallest <= largest <= {top}")
+    choices = allowed.get("choices", (value,))
+    if value not in choices:
+        near = nearest(value, choices) or "none"
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}; nearest: {near}")
+
+
+def _check_number(name: str, number: float, allowed: Mapping[str, Any]) -> None:
+    if not -LARGEST <= number <= LARGEST:  # false for NaN too
+        raise ValueError(f"{name}={str(number)[:30]} must be a finite number, at most {LARGEST}")
+    low, above, high = (allowed.get(word) for word in ("at_least", "above", "at_most"))
+    if high is not None and not (low or above or 0) <= number <= high:
+        raise ValueError(f"{name}={number} must be between {low or above or 0} and {high}")
+    if low is not None and number < low:
+        raise ValueError(f"{name}={number} must be at least {low}")
+    if above is not None and number <= above:
+        raise ValueError(f"{name}={number} must be above {above}")
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    _check_image_size(values)
+    for name, parts in DIVISIBLE.items():
+        if values[name] and values[parts] and values[name] % values[parts]:
+            raise ValueError(f"{name}={values[name]} is not divisible by {parts}={values[parts]}")
+    if values["train.ema_end"] < values["train.ema_start"]:
+        start = f"train.ema_start={values['train.ema_start']}"
+        raise ValueError(f"train.ema_end={values['train.ema_end']} must not be below {start}")
+    weights = values["model.level_weights"]
+    if not 1 <= len(weights) <= 4 or min(weights) < 0 or not sum(weights):
+        raise ValueError(f"model.level_weights={weights} must be 1 to 4 numbers >= 0, not all 0")
+    for size in values["evaluate.sizes"]:
+        size_pair(size)
+
+
+def patch_side(encoder_type: str, patch_size: int | None) -> int:
+    """Side of a patch in pixels: the one set, or else the one that timm's name says."""
+    named = re.search(r"patch(\d+)", encoder_type)
+    return patch_size or (int(named[1]) if named else 0) or 1
+
+
+def _check_image_size(values: Mapping[str, Any]) -> None:
+    patch, size = patch_side(values["model.encoder_type"], values["model.patch_size"]), values["data.image_size"]
+    near = max(1, (2 * size + patch) // (2 * patch)) * patch
+    if size != near:
+        raise ValueError(f"data.image_size={size} is not a multiple of the patch, {patch} pixels; nearest: {near}")
+    if not values["data.train_scales"]:
+        raise ValueError("data.train_scales=[] must name one scale or more; [1.0] trains at image_size alone")

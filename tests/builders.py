@@ -6,9 +6,9 @@ import torch
 from timm.layers import Attention, LayerNorm
 from torch import Tensor, nn
 
-from hjepa.attention import RoPEAttentionWrapper
-from hjepa.encoders import ContextEncoder, TargetEncoder, create_encoder
-from hjepa.rope import VisionRoPE2D
+from hjepa.nn.attention import RoPEAttentionWrapper
+from hjepa.nn.encoders import ContextEncoder, TargetEncoder, create_encoder
+from hjepa.nn.rope import VisionRoPE2D
 
 TRAINED = (6, 6)
 OTHER = (9, 4)  # another grid than the trained one, longer in rows and shorter in columns

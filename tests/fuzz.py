@@ -30,14 +30,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from hjepa.build import build_model, parameter_groups
-from hjepa.checkpoint import load_checkpoint, save_checkpoint
 from hjepa.config import KEYS, default_config, load_config
-from hjepa.data import load_data
-from hjepa.encoders import create_encoder
-from hjepa.imagefiles import read_image
-from hjepa.notebooks import find_parameters
-from hjepa.storage import STATE, _digest_of
-from hjepa.sweep import load_sweep
+from hjepa.data.folder import read_image
+from hjepa.data.images import load_data
+from hjepa.experiments.notebooks import find_parameters
+from hjepa.experiments.sweep import load_sweep
+from hjepa.hub import load_checkpoint, save_checkpoint
+from hjepa.nn.encoders import create_encoder
+from hjepa.train.checkpoint import STATE, _digest_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20

@@ -35,7 +35,7 @@ UNREWRITTEN = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # hypothesis 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` becomes `new` in hjepa/`module`.py; tests/test_`tests`.py should fail."""
+    """`old` becomes `new` in hjepa/`module`.py; test_`tests`.py below tests/ should fail."""
 
     name: str
     module: str
@@ -48,54 +48,54 @@ CONJUGATE = "table * table.new_tensor([1.0, -1.0])"
 SEEN = "~_any_in_cell(seen.unflatten(1, grid_size), level)"
 MUTANTS = [
     # the rotation
-    Mutant("no rotation", "rope", "self.angles(positions, grid_size, layer)\n", "0 * self.angles(positions, grid_size, layer)\n", "rope"),
-    Mutant("attention without rotation", "attention", "= heads(attn, x, table, prefix)", "= heads(attn, x, None, prefix)", "attention"),
-    Mutant("sign of k", "rope", "rotate(q, table), rotate(k, table)", f"rotate(q, table), rotate(k, {CONJUGATE})", "rope"),
-    Mutant("swapped axes", "frequencies", "torch.stack((torch.cat((omega, zero)), torch.cat((zero, omega))))", "torch.stack((torch.cat((zero, omega)), torch.cat((omega, zero))))", "rope"),
-    Mutant("wrong frequencies", "frequencies", "device=device) / (dim // 4)", "device=device) / (dim // 2)", "rope"),
-    Mutant("shifted index", "frequencies", "torch.arange(height,", "torch.arange(1, height + 1,", "rope"),
-    Mutant("CLS rotated", "rotation", "rows = qkv[:, prefix:,", "rows = qkv[:, : qkv.shape[1] - prefix,", "attention"),
-    Mutant("positions not gathered", "rope", "return table[0][index]", "return table[:, : index.shape[1]].expand(len(index), -1, -1, -1, -1)", "rope"),
-    Mutant("table in bfloat16", "rope", "* self.magnitude(grid_size)\n", "* self.magnitude(grid_size)\n            table = table.bfloat16().float()\n", "rope_module"),
-    Mutant("strategy ignored", "rope", "rescaled(base, self.strategy,", 'rescaled(base, "extrapolate",', "rope"),
-    Mutant("strategy left out of the cache's key", "rope", "layer, self.strategy, str(device))", "layer, str(device))", "rope"),
-    Mutant("no half-patch offset", "frequencies", "((scaled - base) / 2).sum(0)", "((scaled - base) / 2).sum(0) * 0", "rope"),
-    Mutant("no temperature under ntk_by_parts", "frequencies", "1 + 0.05 *", "1 + 0 *", "rope"),
-    Mutant("table of inference mode cached", "rope", "with torch.inference_mode(False):", "if True:", "rope_module"),
-    Mutant("learned theta taken for a constant", "rope", "self.log_theta[which].float()", "self.log_theta[which].detach().float()", "rope_module"),
-    Mutant("gradient turned the wrong way", "rotation", "torch.view_as_complex(table).conj()", "torch.view_as_complex(table)", "attention_module"),
-    Mutant("second derivative turned the wrong way", "rotation", "[1.0, -1.0]", "[1.0, 1.0]", "attention_module"),
-    Mutant("hooks see rotated values", "attention", "not _hooked(linear) and ", "", "attention_module"),
-    Mutant("attention mask ignored", "attention", "attn_mask=attn_mask, dropout_p", "attn_mask=None, dropout_p", "attention"),
+    Mutant("no rotation", "nn/rope", "self.angles(positions, grid_size, layer)\n", "0 * self.angles(positions, grid_size, layer)\n", "rope"),
+    Mutant("attention without rotation", "nn/attention", "= heads(attn, x, table, prefix)", "= heads(attn, x, None, prefix)", "attention"),
+    Mutant("sign of k", "nn/rope", "rotate(q, table), rotate(k, table)", f"rotate(q, table), rotate(k, {CONJUGATE})", "rope"),
+    Mutant("swapped axes", "nn/frequencies", "torch.stack((torch.cat((omega, zero)), torch.cat((zero, omega))))", "torch.stack((torch.cat((zero, omega)), torch.cat((omega, zero))))", "rope"),
+    Mutant("wrong frequencies", "nn/frequencies", "device=device) / (dim // 4)", "device=device) / (dim // 2)", "rope"),
+    Mutant("shifted index", "nn/frequencies", "torch.arange(height,", "torch.arange(1, height + 1,", "rope"),
+    Mutant("CLS rotated", "nn/rotation", "rows = qkv[:, prefix:,", "rows = qkv[:, : qkv.shape[1] - prefix,", "attention"),
+    Mutant("positions not gathered", "nn/rope", "return table[0][index]", "return table[:, : index.shape[1]].expand(len(index), -1, -1, -1, -1)", "rope"),
+    Mutant("table in bfloat16", "nn/rope", "* self.magnitude(grid_size)\n", "* self.magnitude(grid_size)\n            table = table.bfloat16().float()\n", "rope_module"),
+    Mutant("strategy ignored", "nn/rope", "rescaled(base, self.strategy,", 'rescaled(base, "extrapolate",', "rope"),
+    Mutant("strategy left out of the cache's key", "nn/rope", "layer, self.strategy, str(device))", "layer, str(device))", "rope"),
+    Mutant("no half-patch offset", "nn/frequencies", "((scaled - base) / 2).sum(0)", "((scaled - base) / 2).sum(0) * 0", "rope"),
+    Mutant("no temperature under ntk_by_parts", "nn/frequencies", "1 + 0.05 *", "1 + 0 *", "rope"),
+    Mutant("table of inference mode cached", "nn/rope", "with torch.inference_mode(False):", "if True:", "rope_module"),
+    Mutant("learned theta taken for a constant", "nn/rope", "self.log_theta[which].float()", "self.log_theta[which].detach().float()", "rope_module"),
+    Mutant("gradient turned the wrong way", "nn/rotation", "torch.view_as_complex(table).conj()", "torch.view_as_complex(table)", "attention_module"),
+    Mutant("second derivative turned the wrong way", "nn/rotation", "[1.0, -1.0]", "[1.0, 1.0]", "attention_module"),
+    Mutant("hooks see rotated values", "nn/attention", "not _hooked(linear) and ", "", "attention_module"),
+    Mutant("attention mask ignored", "nn/attention", "attn_mask=attn_mask, dropout_p", "attn_mask=None, dropout_p", "attention"),
     # encoders
-    Mutant("prefix always one token", "encoders", "add_rope(block, rope, layer, self.num_prefix_tokens)", "add_rope(block, rope, layer, min(1, self.num_prefix_tokens))", "encoders"),
-    Mutant("norm_pre dropped", "encoders", "        x = self.vit.norm_pre(x)\n", "", "encoders"),
-    Mutant("surplus tokens attended to", "encoders", "attn_mask = ~keys[:, None, None, :]", "attn_mask = None", "context"),
-    Mutant("coordinates augmented in eval mode", "encoders", "self.training and self.rope.augments", "self.rope.augments", "context"),
+    Mutant("prefix always one token", "nn/encoders", "add_rope(block, rope, layer, self.num_prefix_tokens)", "add_rope(block, rope, layer, min(1, self.num_prefix_tokens))", "encoders"),
+    Mutant("norm_pre dropped", "nn/encoders", "        x = self.vit.norm_pre(x)\n", "", "encoders"),
+    Mutant("surplus tokens attended to", "nn/encoders", "attn_mask = ~keys[:, None, None, :]", "attn_mask = None", "context"),
+    Mutant("coordinates augmented in eval mode", "nn/encoders", "self.training and self.rope.augments", "self.rope.augments", "context"),
     # the target
-    Mutant("EMA the wrong way round", "encoders", "for n in floats], 1 - momentum)", "for n in floats], momentum)", "target"),
-    Mutant("EMA momentum does not rise", "encoders", "min(max(step / self.ema_steps, 0.0), 1.0)", "0.0", "target"),
-    Mutant("EMA leaves buffers out", "encoders", "[*module.named_parameters(), *module.named_buffers()]", "module.named_parameters()", "target"),
-    Mutant("target not a copy", "encoders", "    target.load_state_dict(context.state_dict())\n", "", "target"),
-    Mutant("target in training mode", "encoders", "super().train(False)", "super().train(mode)", "target"),
+    Mutant("EMA the wrong way round", "nn/encoders", "for n in floats], 1 - momentum)", "for n in floats], momentum)", "target"),
+    Mutant("EMA momentum does not rise", "nn/encoders", "min(max(step / self.ema_steps, 0.0), 1.0)", "0.0", "target"),
+    Mutant("EMA leaves buffers out", "nn/encoders", "[*module.named_parameters(), *module.named_buffers()]", "module.named_parameters()", "target"),
+    Mutant("target not a copy", "nn/encoders", "    target.load_state_dict(context.state_dict())\n", "", "target"),
+    Mutant("target in training mode", "nn/encoders", "super().train(False)", "super().train(mode)", "target"),
     # masks
-    Mutant("context keeps target patches", "masks", "generator) & ~hidden", "generator)", "masks"),
-    Mutant("coarse targets that the context sees into", "masks", SEEN, "_any_in_cell(hidden, level)", "masks"),
-    Mutant("masks beside the seed", "masks", "torch.rand(allowed.shape, generator=generator)", "torch.rand(allowed.shape)", "masks"),
+    Mutant("context keeps target patches", "nn/masks", "generator) & ~hidden", "generator)", "masks"),
+    Mutant("coarse targets that the context sees into", "nn/masks", SEEN, "_any_in_cell(hidden, level)", "masks"),
+    Mutant("masks beside the seed", "nn/masks", "torch.rand(allowed.shape, generator=generator)", "torch.rand(allowed.shape)", "masks"),
     # pooling, predictor, loss
-    Mutant("pooling on the transposed grid", "model", "patches.unflatten(1, grid_size)", "patches.unflatten(1, grid_size[::-1])", "model"),
-    Mutant("border cells cut off", "model", "ceil_mode=True", "ceil_mode=False", "model"),
-    Mutant("cell at its corner", "model", "pool_to_level(positions[None], grid_size, level)[0]", "pool_to_level(positions[None], grid_size, level)[0].floor()", "model"),
-    Mutant("targets not normed", "model", "F.layer_norm(patches, patches.shape[-1:])", "patches", "model"),
-    Mutant("level weights ignored", "model", "losses.new_tensor(self.level_weights)", "torch.ones_like(losses)", "model"),
-    Mutant("predictor without places", "predictor", "self.rope.tables(grid, positions=positions)", "self.rope.tables(grid, positions=0 * positions)", "predictor"),
-    Mutant("fractions rounded away", "predictor", "*query_positions), dim=1).float()", "*query_positions), dim=1).float().round()", "predictor"),
+    Mutant("pooling on the transposed grid", "nn/hjepa", "patches.unflatten(1, grid_size)", "patches.unflatten(1, grid_size[::-1])", "model"),
+    Mutant("border cells cut off", "nn/hjepa", "ceil_mode=True", "ceil_mode=False", "model"),
+    Mutant("cell at its corner", "nn/hjepa", "pool_to_level(positions[None], grid_size, level)[0]", "pool_to_level(positions[None], grid_size, level)[0].floor()", "model"),
+    Mutant("targets not normed", "nn/hjepa", "F.layer_norm(patches, patches.shape[-1:])", "patches", "model"),
+    Mutant("level weights ignored", "nn/hjepa", "losses.new_tensor(self.level_weights)", "torch.ones_like(losses)", "model"),
+    Mutant("predictor without places", "nn/predictor", "self.rope.tables(grid, positions=positions)", "self.rope.tables(grid, positions=0 * positions)", "predictor"),
+    Mutant("fractions rounded away", "nn/predictor", "*query_positions), dim=1).float()", "*query_positions), dim=1).float().round()", "predictor"),
     # evaluation
-    Mutant("prefix tokens in the pooled features", "evaluate", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
-    Mutant("nearest by dot product", "metrics", "(F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk", "(queries @ gallery.T).topk", "metrics"),
-    Mutant("weakest penalty, not the strongest", "metrics", "return int(np.argmax(mean >= mean[best] - error[best]))", "return best", "metrics"),
-    Mutant("both probes the same", "evaluate", "fixed_probe(known[name], y_train), known", "here, known", "evaluate"),
-    Mutant("effective rank not centred", "metrics", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
+    Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
+    Mutant("nearest by dot product", "evaluate/readers", "(F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk", "(queries @ gallery.T).topk", "metrics"),
+    Mutant("weakest penalty, not the strongest", "evaluate/readers", "return int(np.argmax(mean >= mean[best] - error[best]))", "return best", "metrics"),
+    Mutant("both probes the same", "evaluate/transfer", "fixed_probe(known[name], y_train), known", "here, known", "evaluate"),
+    Mutant("effective rank not centred", "evaluate/measures", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
 ]  # fmt: skip
 
 
@@ -114,8 +114,8 @@ def run_tests(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
         if mutant is not None:
             source = copy / "hjepa" / f"{mutant.module}.py"
             source.write_text(source.read_text().replace(mutant.old, mutant.new))
-        files = [f"tests/test_{name}.py" for name in tests]
-        sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry or ".").resolve() not in OURS)]
+        files = [next(copy.glob(f"tests/**/test_{name}.py")).relative_to(copy).as_posix() for name in tests]
+        sys.path[:] = [str(copy), str(copy / "tests"), *(entry for entry in sys.path if Path(entry or ".").resolve() not in OURS)]
         sys.dont_write_bytecode = True
         os.chdir(copy)
         said = io.StringIO()

@@ -13,12 +13,12 @@ from formulas import attention, axial_angles, offset_spread, patch_positions
 from torch import Tensor, nn
 
 from benchmarks import ledger
-from hjepa.attention import RoPEAttentionWrapper
-from hjepa.encoders import ContextEncoder, create_encoder
-from hjepa.masks import sample_masks
-from hjepa.model import HJEPA
-from hjepa.predictor import Predictor
-from hjepa.rope import VisionRoPE2D
+from hjepa.nn.attention import RoPEAttentionWrapper
+from hjepa.nn.encoders import ContextEncoder, create_encoder
+from hjepa.nn.hjepa import HJEPA
+from hjepa.nn.masks import sample_masks
+from hjepa.nn.predictor import Predictor
+from hjepa.nn.rope import VisionRoPE2D
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = ledger.read(ROOT)

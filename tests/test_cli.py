@@ -9,10 +9,10 @@ import time
 import pytest
 
 from hjepa import cli
-from hjepa.checkpoint import load_run
 from hjepa.cli import main
-from hjepa.runs import hold
-from hjepa.tables import rows_from_csv
+from hjepa.evaluate.results import rows_from_csv
+from hjepa.files import hold
+from hjepa.hub import load_run
 
 SMALL = [
     "train.steps=2", "train.batch_size=8", "train.threads=1", "data.limit=32", "model.depth=1",
@@ -114,7 +114,7 @@ def test_evaluate_never_overwrites_its_table(run, capsys):
 
 
 def test_evaluate_says_what_is_wrong(run, capsys):
-    assert "nearest is 32" in error_of(["evaluate", "--run", run, "--sizes", "33"], capsys)
+    assert "nearest: 32" in error_of(["evaluate", "--run", run, "--sizes", "33"], capsys)
     assert "'a' is not understood" in error_of(["evaluate", "--run", run, "--sizes", "32,a"], capsys)
     assert "nearest: interpolate" in error_of(["evaluate", "--run", run, "--strategy", "interpolat"], capsys)
     assert "same name" in error_of(["evaluate", "--run", run, "--run", run], capsys)

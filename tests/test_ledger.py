@@ -8,7 +8,7 @@ import test_claims
 from test_claims import LEDGER
 
 from benchmarks import ledger, timing
-from hjepa.tables import rows_to_csv
+from hjepa.evaluate.results import rows_to_csv
 
 
 def test_every_claim_has_a_test_of_its_name_and_every_row_is_whole() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hjepa.sweep import load_sweep
-from hjepa.tables import sweep_csv, sweep_rows, sweep_summary
+from hjepa.evaluate.results import sweep_csv, sweep_rows, sweep_summary
+from hjepa.experiments.sweep import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = sorted(ROOT.glob("results/sweeps/*/results.json"))

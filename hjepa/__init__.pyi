@@ -1,0 +1,12 @@
+from .config import load_config as load_config
+from .data.images import load_data as load_data
+from .evaluate.transfer import resolution_transfer as resolution_transfer
+from .hub import load_run as load_run
+from .nn.attention import RoPEAttentionWrapper as RoPEAttentionWrapper
+from .nn.encoders import ContextEncoder as ContextEncoder
+from .nn.encoders import TargetEncoder as TargetEncoder
+from .nn.encoders import create_encoder as create_encoder
+from .nn.hjepa import HJEPA as HJEPA
+from .nn.masks import sample_masks as sample_masks
+from .nn.predictor import Predictor as Predictor
+from .nn.rope import VisionRoPE2D as VisionRoPE2D

@@ -1,0 +1,264 @@
+"""Data sets by name, as images at any requested size.
+
+    load_data("openmoji", "train") -> ImageData -> .at_size((H, W))   normalised float32, for measuring
+                                                -> TrainView          random crops and flips, for training
+
+Every picture is resized once, with antialiasing, from the largest detail that the data set has; OpenMoji
+pictures are drawn at the size asked for. Drawings and garments on a plain background are shown whole, with
+the background filling the rest of a wide image; photographs fill the image and lose their edges.
+
+Which pictures are for testing never depends on a seed, so no run can train on the test pictures of another.
+All randomness of training (crop, flip, colour) comes from the seed given with each index: a sample is the
+same in whatever process or order it is drawn.
+
+Not covered: labels other than one class per picture, video, and data sets too large to list in memory.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..inputs import nearest, size_pair
+from . import sources
+from .sources import Listing, Request
+
+Size = int | Sequence[int]
+RGB = tuple[float, float, float]
+
+
+class Pictures(Protocol):
+    """The pixels of one split: arrays, files or drawings."""
+
+    def source(self, index: int) -> Tensor: ...  # uint8 [3, h, w]
+
+    def resized(self, indices: list[int], height: int, width: int) -> Tensor: ...  # uint8 [n, 3, ...]
+
+
+@dataclass
+class ImageData:
+    """One split of one data set. `ids` name the pictures for good; `mean` and `std` count white as 1."""
+
+    name: str
+    split: str
+    labels: Tensor  # int64 [N]
+    classes: list[str]
+    ids: list[str]
+    mean: RGB
+    std: RGB
+    pictures: Pictures = field(repr=False)
+    skipped: list[str] = field(default_factory=list, repr=False)  # image files that could not be read
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def source(self, index: int) -> Tensor:
+        """Picture `index` with its detail, for cropping: uint8 [3, h, w]."""
+        return self.pictures.source(int(index))
+
+    def at_size(self, size: Size, indices: Sequence[int] | Tensor | None = None) -> Tensor:
+        """The chosen pictures (default all) in order: float32 [n, 3, height, width], (x / 255 - mean) / std.
+
+        size: pixels, one number for a square or (height, width). ValueError on anything else, IndexError on
+        an index outside the split.
+        """
+        height, width = size_pair(size, text=False)
+        chosen = torch.arange(len(self)) if indices is None else torch.as_tensor(indices)
+        if chosen.dtype == torch.bool:
+            raise ValueError("indices are a boolean mask; give positions, for example mask.nonzero()[:, 0]")
+        images = self.pictures.resized(chosen.to(torch.int64).tolist(), height, width)
+        return normalised(images, self.mean, self.std)
+
+
+def normalised(images: Tensor, mean: RGB, std: RGB) -> Tensor:
+    """uint8 [..., 3, h, w] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
+    mean_, std_ = (255 * torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+    return images.to(torch.float32).sub_(mean_).div_(std_)
+
+
+class TrainView(Dataset):
+    """Training images: a random crop resized to image_size, then a random flip and change of colour.
+
+    Index it with (index, sample_seed) to get float32 [3, image_size, image_size], or with (index, sample_seed,
+    side) to get the same crop at another side; equal seeds give equal images and the global random state is left
+    as it was. crop_scale: smallest and largest share of the
+    picture's area that a crop keeps (aspect 3/4 to 4/3, Szegedy et al. 2015); color_jitter: 0 is none, 1
+    changes brightness, contrast and saturation as strongly as SimCLR (Chen et al. 2020); hue is left alone,
+    it would take longer than all the rest. ValueError on values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        image_size: int,
+        *,
+        crop_scale: Sequence[float] = (0.3, 1.0),
+        flip: bool = True,
+        color_jitter: float = 0.0,
+    ) -> None:
+        if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale {crop_scale!r} must be two numbers with 0 < smallest <= largest <= 1"
+            )
+        if not 0 <= color_jitter <= 1:
+            raise ValueError(f"color_jitter {color_jitter!r} must be between 0 (none) and 1")
+        size_pair(image_size, text=False)
+        self.data, self.image_size = data, image_size
+        self.crop_scale, self.flip, self.color_jitter = tuple(crop_scale), flip, color_jitter
+        self.augments: dict[int, Callable[[Tensor], Tensor]] = {}  # by side, made when first asked for
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def augment(self, side: int) -> Callable[[Tensor], Tensor]:
+        """The random changes that end at [3, side, side]."""
+        from torchvision.transforms import v2
+
+        if side not in self.augments:
+            steps: list[Any] = [v2.RandomResizedCrop(side, scale=self.crop_scale, antialias=True)]
+            steps += [v2.RandomHorizontalFlip()] if self.flip else []
+            if self.color_jitter > 0:
+                most = 0.8 * self.color_jitter
+                steps += [v2.ColorJitter(most, most, most)]
+            self.augments[side] = v2.Compose(steps)
+        return self.augments[side]
+
+    def __getitem__(self, key: Sequence[int]) -> Tensor:
+        index, sample_seed, *side = key
+        with _seeded(sample_seed):
+            image = self.augment(*side or (self.image_size,))(self.data.source(index))
+        return normalised(image, self.data.mean, self.data.std)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU random numbers start from `seed` (any integer) inside, and go on as before outside."""
+    generator = torch.default_generator  # torch.manual_seed would also reset every GPU
+    before = generator.get_state()
+    # Torch uses the lower 32 bits of a seed only; the product lets all 64 reach the upper half, which we take.
+    mixed = seed * 0x9E3779B97F4A7C15 % 2**64 >> 32
+    generator.manual_seed(mixed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What is known of a data set before it is read. mean and std: of the training pixels, white = 1."""
+
+    read: Callable[[Request], Listing]
+    mean: RGB
+    std: RGB
+    about: str
+
+
+IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+DATASETS: dict[str, DatasetSpec] = {
+    "openmoji": DatasetSpec(
+        sources.read_openmoji,
+        (0.8384, 0.8183, 0.7777),
+        (0.3057, 0.3185, 0.3628),
+        "1,898 emoji in 9 categories, drawn at any size; needs no download",
+    ),
+    "fashion_mnist": DatasetSpec(
+        sources.read_fashion_mnist,
+        (0.2860, 0.2860, 0.2860),
+        (0.3530, 0.3530, 0.3530),
+        "70,000 garments in 10 classes, grey, 28 px; 30 MB",
+    ),
+    "cifar10": DatasetSpec(
+        sources.read_cifar10,
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        "60,000 photographs in 10 classes, 32 px; 170 MB",
+    ),
+    "stl10": DatasetSpec(
+        sources.read_stl10,
+        (0.4467, 0.4398, 0.4066),
+        (0.2603, 0.2566, 0.2713),
+        "5,000 + 8,000 labelled photographs in 10 classes, 96 px; 2.6 GB",
+    ),
+    "imagenette": DatasetSpec(
+        sources.read_imagenette, *IMAGENET, "13,394 photographs in 10 classes, 160 px and more; 94 MB or more"
+    ),
+    "imagefolder": DatasetSpec(
+        sources.read_imagefolder,
+        *IMAGENET,
+        "your own images: path/CLASS/*, or path/train/CLASS/* beside path/test/CLASS/*",
+    ),
+}
+
+
+def load_data(
+    name: str,
+    split: str = "train",
+    *,
+    root: str | Path = "data",
+    path: str | Path | None = None,
+    image_size: int = 64,
+    limit: int | None = None,
+    seed: int = 0,
+    on_corrupt: str = "error",
+) -> ImageData:
+    """One split of a registered data set.
+
+    root: folder for downloads; path: the folder of "imagefolder". image_size: the largest size in pixels that
+    training will ask for; source() has twice that detail where the data set has it. limit: at most so many
+    pictures, classes taken in turn; seed picks which, and a larger limit includes a smaller one. on_corrupt:
+    "error" raises on an image file that cannot be read, "skip" decodes every file first and lists such files
+    in `.skipped`. ValueError or FileNotFoundError, one line, on wrong arguments, missing or damaged data.
+    """
+    _check(name, split, image_size, limit, on_corrupt)
+    spec = DATASETS[name]
+    request = Request(split, Path(root).expanduser(), path, image_size, on_corrupt == "skip")
+    listing = spec.read(request)
+    chosen = _limited(listing.labels, limit, seed)
+    pictures, bad = listing.open(chosen)
+    left_out = set(bad)
+    good = [index for position, index in enumerate(chosen) if position not in left_out]
+    if not good:
+        raise ValueError(f"data set {name!r}, {split} split: none of {len(bad)} images can be read")
+    return ImageData(
+        name=name,
+        split=split,
+        labels=torch.tensor([listing.labels[i] for i in good], dtype=torch.int64),
+        classes=listing.classes,
+        ids=[listing.ids[i] for i in good],
+        mean=spec.mean,
+        std=spec.std,
+        pictures=pictures,
+        skipped=[listing.ids[chosen[position]] for position in bad],
+    )
+
+
+def _check(name: str, split: str, image_size: int, limit: int | None, on_corrupt: str) -> None:
+    if name not in DATASETS:
+        near = nearest(name, DATASETS) or "none"
+        raise ValueError(f"data set {name!r} is not known; choose one of {', '.join(DATASETS)}; nearest: {near}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r} is not known; choose train or test")
+    if on_corrupt not in ("error", "skip"):
+        raise ValueError(f"on_corrupt {on_corrupt!r} is not known; choose error or skip")
+    size_pair(image_size, text=False)
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit {limit!r} must be a positive number of pictures, or null for all")
+
+
+def _limited(labels: list[int], limit: int | None, seed: int) -> list[int]:
+    """Indices of at most `limit` pictures, in order: a seeded draw from each class in turn."""
+    if limit is None or limit >= len(labels):
+        return list(range(len(labels)))
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    seen: dict[int, int] = {}
+    turn = {}
+    for index in shuffled:
+        turn[index] = seen[labels[index]] = seen.get(labels[index], -1) + 1
+    return sorted(sorted(shuffled, key=turn.__getitem__)[:limit])

@@ -1,0 +1,277 @@
+"""Figures: data in, a matplotlib Axes out.
+
+One palette (Okabe & Ito 2008, told apart by colour-blind readers), and one colour for one thing everywhere.
+Fonts, sizes and grids stand in `notebooks/matplotlibrc`. Every function draws on the Axes it is given, or on a
+new one, and returns it; titles that state a finding are left to the caller.
+Not covered: saving, captions, animation (a notebook calls a function once per frame).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from scipy.optimize import isotonic_regression
+from torch import Tensor
+
+from ..inputs import size_pair, size_text
+from ..nn.masks import Masks, level_grid
+from .results import Row, by_encoder, by_setting, home_size, summarise
+
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # as axes.prop_cycle in matplotlibrc
+COLORS = {
+    "context": BLUE, "target": ORANGE, "predicted": GREEN,
+    "absolute": PURPLE, "rope": VERMILLION, "hybrid": SKY, "none": BLACK, "random": "#999999", "pixels": "#666666",
+    "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BLUE,
+    "row": BLUE, "column": VERMILLION,
+    "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
+}  # fmt: skip
+BASELINES = ("random", "pixels")  # drawn grey and dashed
+MANY_LINES = 8  # as many as a panel can hold
+METRICS = {
+    "probe": "linear probe accuracy\n(fitted at the training size)",
+    "probe_fixed": "linear probe accuracy\n(weak fixed penalty, training size)",
+    "probe_refit": "linear probe accuracy\n(refitted at each size)",
+    "knn": "kNN accuracy\n(gallery at the training size)",
+    "retrieval": "same picture found at\nthe training size (fraction)",
+    "effective_rank": "effective rank of the features",
+    "feature_std": "spread of the normalised features",
+    "cka": "CKA with the features\nat the training size",
+}
+
+
+def _key(name: str) -> str | None:
+    """The longest name of COLORS inside a label: "RoPE, interpolated" -> "interpolate"."""
+    plain = re.sub("[-_]", " ", name.lower())
+    return max((key for key in COLORS if re.search(rf"\b{key.replace('_', ' ')}", plain)), key=len, default=None)
+
+
+def line_colors(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each label: that of the thing it names, else, or if an earlier label has it, a free one."""
+    given: dict[str, str] = {}
+    for name in names:
+        wanted = COLORS.get(_key(name) or "")
+        free = [color for color in CYCLE if color not in given.values()] or list(CYCLE)
+        given[name] = wanted if wanted and wanted not in given.values() else free[0]
+    return given
+
+
+def picture(image: Tensor, mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)) -> np.ndarray:
+    """Image [3, h, w], normalised by mean and std (or uint8) -> array [h, w, 3] in 0..1 for imshow."""
+    if image.dtype == torch.uint8:
+        image = image / 255
+    shape = (3, 1, 1)
+    undone = image.detach().cpu().float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return undone.clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+# ---- curves
+
+
+def transfer_figure(rows: Sequence[Row], metric: str, train_size: Any, *, ax: Axes | None = None) -> Axes:
+    """One line per encoder over image size, its interval shaded, the training size marked.
+
+    rows as `resolution_transfer` or `summarise` of `hjepa.evaluate` give them, one per encoder and size.
+    Random init and raw pixels are grey and dashed. A non-square size stands at the square root of its area.
+    """
+    ax = ax or plt.subplots()[1]
+    found = by_encoder(rows, metric)
+    colors = line_colors(list(found))
+    ticks: dict[float, str] = {}
+    for name, cells in found.items():
+        x = [float(np.sqrt(h * w)) for h, w in cells]
+        ticks.update(zip(x, map(size_text, cells), strict=True))
+        value, low, high = ([row[key] for row in cells.values()] for key in ("value", "low", "high"))
+        dashed = _key(name) in BASELINES
+        ax.plot(
+            x,
+            value,
+            color=colors[name],
+            ls="--" if dashed else "-",
+            marker=None if dashed else "o",
+            label=name,
+        )
+        ax.fill_between(x, low, high, color=colors[name], alpha=0.15, linewidth=0)
+    home = size_pair(train_size)
+    ax.axvline(float(np.sqrt(home[0] * home[1])), color="#444444", lw=1, ls=":", label="_training size")
+    ax.annotate("trained here", (float(np.sqrt(home[0] * home[1])), 1), xycoords=("data", "axes fraction"),
+                xytext=(3, -2), textcoords="offset points", va="top", fontsize="small", color="#444444")  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(ticks), [ticks[x] for x in sorted(ticks)])
+    ax.minorticks_off()
+    ax.set(xlabel="image size (pixels, log scale)", ylabel=METRICS.get(metric, metric))
+    label_lines(ax)
+    return ax
+
+
+def sweep_figure(rows: Sequence[Row], metric: str = "probe", *, columns: int = 2) -> Figure:
+    """One `transfer_figure` per `setting` of a sweep's rows, with 95 % t intervals over its seeds.
+
+    rows as `results.sweep_rows` gives them. Where more than MANY_LINES encoders were read, the NTK readings are left
+    to the table. ValueError if a setting has no row of the metric.
+    """
+    many = len({row["encoder"] for row in rows}) > MANY_LINES
+    groups = by_setting([row for row in rows if not (many and "ntk" in row["encoder"])])
+    height = -(-len(groups) // columns)
+    size = (4.6 * columns, 3 * height)
+    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(groups) :]:
+        ax.remove()
+    for ax, (setting, members) in zip(axes.flat, groups.items(), strict=False):
+        transfer_figure(summarise(members), metric, home_size(members), ax=ax)
+        ax.set_title(setting, fontsize="medium")
+    return figure
+
+
+def training_curves(
+    logs: Mapping[str, Sequence[Row]],
+    field: str = "loss",
+    *,
+    baselines: Mapping[str, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """One line per run over the training step; rows as in log.jsonl, those without the field are left out.
+
+    baselines: horizontal dashed grey lines, such as the kNN accuracy of raw pixels. ValueError if no run has the
+    field.
+    """
+    ax = ax or plt.subplots()[1]
+    colors = line_colors([*logs])
+    for name, log in logs.items():
+        points = [(row["step"], row[field]) for row in log if row.get(field) is not None]
+        if not points:
+            known = ", ".join(dict.fromkeys(key for row in log for key in row))
+            raise ValueError(f"the log of {name!r} has no {field!r}; it has: {known}")
+        ax.plot(*zip(*points, strict=True), color=colors[name], label=name)
+    for name, value in (baselines or {}).items():
+        ax.axhline(value, color=COLORS.get(_key(name) or "", COLORS["random"]), ls="--", lw=1.2, label=name)
+    ax.set(xlabel="training step", ylabel=field.replace("_", " "))
+    label_lines(ax)
+    return ax
+
+
+def label_lines(ax: Axes) -> None:
+    """Write each line's label right of the axes at the height of its end, moved apart where they would overlap."""
+    lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+    ends = [float(np.asarray(line.get_ydata(), dtype=float)[-1]) for line in lines]
+    low, high = ax.get_ylim()
+    figure = ax.get_figure(root=True)
+    points = ax.get_position().height * (figure.get_figheight() if figure else 3.4) * 72  # height of the axes
+    line_height = 1.35 * plt.rcParams["font.size"] * (high - low) / points
+    order = np.argsort(ends, kind="stable")
+    steps = line_height * np.arange(len(ends))
+    places = isotonic_regression(np.array(ends)[order] - steps).x + steps if ends else []
+    for i, place in zip(order, places, strict=True):
+        ax.text(1.02, place, str(lines[i].get_label()), color=lines[i].get_color(), va="center",
+                transform=ax.get_yaxis_transform())  # fmt: skip
+
+
+# ---- grids
+
+
+def score_map(scores: Tensor, query: Any, grid_size: tuple[int, int], *, ax: Axes | None = None) -> Axes:
+    """Scores of one query against every patch, as a picture of the grid; the query's cell is framed.
+
+    scores [H*W] or [H, W]; query: (row, column) or a row-major index. Scores of both signs get a two-sided
+    colour scale with white at zero.
+    """
+    ax = ax or plt.subplots(figsize=(3, 3))[1]
+    values = scores.detach().cpu().float().reshape(grid_size).numpy()
+    row, column = divmod(query, grid_size[1]) if isinstance(query, int) else query
+    if not (0 <= row < grid_size[0] and 0 <= column < grid_size[1]):
+        raise ValueError(f"query {query} is outside the {grid_size[0]}x{grid_size[1]} grid")
+    reach = float(np.abs(values).max())
+    if values.min() < 0 < values.max():
+        ax.imshow(values, cmap="PuOr", vmin=-reach, vmax=reach)
+    else:
+        ax.imshow(values)
+    ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec=VERMILLION, lw=2))
+    ax.set(xlabel="patch column", ylabel="patch row")
+    ax.locator_params(integer=True)
+    ax.grid(False)
+    return ax
+
+
+def show_masks(
+    image: Tensor, masks: Masks, sample: int, grid_size: tuple[int, int], patch_size: int, *, level: int = 0,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """One picture under its masks: context patches blue, target cells of a level orange, the rest faded.
+
+    image [3, h, w] in 0..1 (see `picture`). Each target cell is outlined and its centre marked: the position, in
+    patches and often fractional, at which the predictor is asked.
+    """
+    ax = ax or plt.subplots(figsize=(3, 3))[1]
+    height, width = grid_size
+    tint = np.full((height, width, 4), 1.0)
+    tint[..., 3] = 0.75  # white: neither seen nor asked for
+    context = masks.context_idx[sample].cpu().numpy()
+    tint.reshape(-1, 4)[context] = (*to_rgb(COLORS["context"]), 0.3)
+    columns, step = level_grid(grid_size, level)[1], 2**level
+    centres = []
+    for cell in masks.target_idx[level][sample].tolist():
+        top, left = cell // columns * step, cell % columns * step
+        bottom, right = min(top + step, height), min(left + step, width)
+        tint[top:bottom, left:right] = (*to_rgb(COLORS["target"]), 0.45)
+        box = (left * patch_size, top * patch_size), (right - left) * patch_size, (bottom - top) * patch_size
+        ax.add_patch(Rectangle(*box, fill=False, ec=COLORS["target"], lw=1.2))
+        centres.append(((left + right) / 2 * patch_size, (top + bottom) / 2 * patch_size))
+    x, y = zip(*centres, strict=True)
+    extent = (0, width * patch_size, height * patch_size, 0)
+    ax.imshow(picture(image), extent=extent)
+    ax.imshow(tint, extent=extent)
+    ax.scatter(x, y, s=12, color=COLORS["target"], edgecolor="white", linewidth=0.6, zorder=3)
+    ax.set_axis_off()
+    return ax
+
+
+def pca_features(maps: Sequence[Tensor]) -> list[np.ndarray]:
+    """Feature maps [H, W, D], sizes may differ -> pictures [H, W, 3] in 0..1, comparable with each other.
+
+    The first three principal components, shared by all maps (each map weighs the same, whatever its size), as
+    red, green and blue; the range holds all but 1 % of each map at both ends. Signs are chosen so that the
+    largest weight of each component is positive.
+    """
+    flat = [m.detach().cpu().double().flatten(0, 1) for m in maps]
+    mean = torch.stack([x.mean(dim=0) for x in flat]).mean(dim=0)
+    spread = torch.stack([(x - mean).T @ (x - mean) / len(x) for x in flat]).mean(dim=0)
+    axes = torch.linalg.eigh(spread).eigenvectors[:, -3:].flip(1)  # [D, 3], strongest first
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    scores = [(x - mean) @ axes for x in flat]
+    ends = torch.stack([s.quantile(torch.tensor([0.01, 0.99]).double(), dim=0) for s in scores])  # [maps, 2, 3]
+    low, high = ends[:, 0].min(dim=0).values, ends[:, 1].max(dim=0).values
+    return [
+        ((s - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).view(*m.shape[:2], 3).numpy()
+        for s, m in zip(scores, maps, strict=True)
+    ]
+
+
+def rotation_pairs(
+    pairs: Tensor, angles: Tensor, *, colors: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Channel pairs [P, 2] as arrows on P circles: grey before, coloured after rotation by angles [P] (radians).
+
+    Every pair is drawn at unit length, since rotation keeps its length; x is the first channel of a pair.
+    """
+    count = len(angles)
+    ax = ax or plt.subplots(figsize=(1.1 * count, 1.5))[1]
+    start = np.arctan2(*pairs.detach().cpu().double().numpy()[:, ::-1].T)
+    turn = np.linspace(0, 2 * np.pi, 100)
+    for p, (before, angle) in enumerate(zip(start, angles.detach().cpu().double().numpy(), strict=True)):
+        middle, color = 2.4 * p, (colors or CYCLE)[p % len(colors or CYCLE)]
+        ax.plot(middle + np.cos(turn), np.sin(turn), color="#cccccc", lw=0.8, label="_circle")
+        for name, direction, shade in (("before", before, "#999999"), ("after", before + angle, color)):
+            tip = middle + np.cos(direction), np.sin(direction)
+            ax.plot([middle, tip[0]], [0, tip[1]], color=shade, marker="o", markevery=[1], label=f"_{name} {p}")
+        ax.text(middle, -1.15, f"{angle:.2f} rad", ha="center", va="top", fontsize="small")
+    ax.set(aspect="equal", xlim=(-1.2, 2.4 * (count - 1) + 1.2), ylim=(-1.6, 1.15))
+    ax.set_axis_off()
+    return ax

@@ -1,0 +1,251 @@
+"""What a frozen encoder knows, and what is left of it at image sizes it was not trained on.
+
+The idea: encode pictures without training anything, then ask simple readers about the features. A reader
+fitted at the training size and used at another size measures resolution transfer; a reader refitted at that
+size measures what the features still hold. Baselines (raw pixels, an untrained encoder) go the same way.
+
+Readers are in `readers.py`, measures in `measures.py`, rows of results in `results.py`.
+Not covered: fine-tuning and dense tasks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from sklearn.pipeline import Pipeline
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..inputs import patch_grid, size_pair
+from .measures import (
+    Interval,
+    bootstrap_interval,
+    effective_rank,
+    feature_std,
+    jackknife_interval,
+    linear_cka,
+    one_thread,
+)
+from .readers import fixed_probe, knn_accuracy, linear_probe, probe_hits, retrieval_hits
+
+# images [B, 3, h, w] -> tokens [B, prefix + N, D] or features [B, D]
+EncoderLike = Callable[[Tensor], Tensor]
+Size = int | tuple[int, int]  # pixels; a pair is (height, width)
+POOLS = ("mean", "pyramid")
+
+
+class Pictures(Protocol):
+    """The part of `hjepa.data.ImageData` that evaluation needs."""
+
+    labels: Tensor  # [N] int64
+
+    def __len__(self) -> int: ...
+
+    def at_size(self, size: Size, indices: Any = None) -> Tensor: ...  # [N, 3, h, w] float32, normalised
+
+
+# ---- features
+
+
+def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pool: str = "mean") -> Tensor:
+    """Patch tokens [B, H*W, D] without prefix -> features [B, D] ("mean") or [B, 5 D] ("pyramid").
+
+    "pyramid" joins the mean over the grid and the means over its four quarters (2x2 adaptive average
+    pooling), so the width does not depend on the grid. ValueError on another name, or if the tokens do not
+    fill the grid.
+    """
+    if pool not in POOLS:
+        raise ValueError(f"pool {pool!r} is not known; choose one of {', '.join(POOLS)}")
+    if tokens.shape[1] != grid_size[0] * grid_size[1]:
+        raise ValueError(f"{tokens.shape[1]} patch tokens do not fill a {grid_size[0]}x{grid_size[1]} grid")
+    if pool == "mean":
+        return tokens.mean(dim=1)
+    maps = tokens.transpose(1, 2).unflatten(2, grid_size)  # [B, D, H, W]
+    return torch.cat([F.adaptive_avg_pool2d(maps, cells).flatten(1) for cells in (1, 2)], dim=1)
+
+
+def encode(encoder: EncoderLike, images: Tensor, *, pool: str = "mean", batch_size: int = 256) -> Tensor:
+    """Images [N, 3, h, w] -> frozen features [N, D'] float32 on the CPU, in eval mode, without gradient.
+
+    An encoder that returns tokens [B, prefix + N, D] must carry `num_prefix_tokens` and `patch_size`; its
+    prefix tokens are dropped and the patch tokens pooled (`pool_tokens`). One that returns [B, D] is taken as
+    it is. The encoder's train/eval mode is restored. ValueError on a side that is no multiple of the patch,
+    or on features that are not finite.
+    """
+    module = encoder.encoder if isinstance(encoder, StrategyView) else encoder
+    was_training = isinstance(module, nn.Module) and module.training
+    weight = next(iter(module.parameters()), None) if isinstance(module, nn.Module) else None
+    device = images.device if weight is None else weight.device
+    patch = getattr(encoder, "patch_size", None)
+    grid = None if patch is None else patch_grid(tuple(images.shape[-2:]), patch)
+    if isinstance(module, nn.Module):
+        module.eval()
+    try:
+        with torch.no_grad():
+            parts = [_features(encoder, batch.to(device), grid, pool) for batch in images.split(batch_size)]
+    finally:
+        if isinstance(module, nn.Module):
+            module.train(was_training)
+    features = torch.cat(parts)
+    if not torch.isfinite(features).all():
+        raise ValueError(
+            f"features at {images.shape[-2]}x{images.shape[-1]} px are not all finite; did training diverge?"
+        )
+    return features
+
+
+def _features(encoder: EncoderLike, images: Tensor, grid: tuple[int, int] | None, pool: str) -> Tensor:
+    out = encoder(images)
+    if out.ndim == 3:
+        if grid is None:
+            raise ValueError("an encoder that returns tokens needs patch_size; add it, or pool the tokens to [B, D]")
+        out = pool_tokens(out[:, getattr(encoder, "num_prefix_tokens", 0) :], grid, pool)
+    return out.float().cpu()
+
+
+class StrategyView:
+    """The same encoder read with another RoPE strategy: sets `encoder.rope.strategy` during each call only.
+
+    The old strategy is restored also when the call fails, so one set of weights can appear under several
+    names. ValueError if the encoder has no RoPE.
+    """
+
+    def __init__(self, encoder: Any, strategy: str):
+        if getattr(encoder, "rope", None) is None:
+            raise ValueError(f"strategy {strategy!r} needs an encoder with RoPE; this one has none")
+        self.encoder, self.strategy = encoder, strategy
+        self.patch_size, self.num_prefix_tokens = encoder.patch_size, encoder.num_prefix_tokens
+
+    def __call__(self, images: Tensor) -> Tensor:
+        rope = self.encoder.rope
+        before, rope.strategy = rope.strategy, self.strategy
+        try:
+            return self.encoder(images)
+        finally:
+            rope.strategy = before
+
+
+def with_strategy(encoder: Any, strategy: str) -> StrategyView:
+    """For example `{"rope": encoder, "interpolated": with_strategy(encoder, "interpolate")}`."""
+    return StrategyView(encoder, strategy)
+
+
+def raw_pixels(size: Size) -> EncoderLike:
+    """Baseline without an encoder: images resized to `size` (bilinear, antialiased) and flattened."""
+    target = size_pair(size)
+
+    def pixels(images: Tensor) -> Tensor:
+        if tuple(images.shape[-2:]) != target:
+            images = F.interpolate(images, target, mode="bilinear", antialias=True)
+        return images.flatten(1)
+
+    return pixels
+
+
+# ---- resolution transfer
+
+
+def resolution_transfer(
+    encoders: Mapping[str, EncoderLike],
+    train: Pictures,
+    test: Pictures,
+    *,
+    train_size: Size,
+    sizes: Sequence[Size],
+    gallery: int | None = None,
+    queries: int | None = None,
+    knn_k: int = 10,
+    pool: str = "mean",
+    refit: bool = True,
+    batch_size: int = 256,
+    seed: int = 0,
+    tags: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Read every encoder at every size; rows with encoder, size (h, w), metric, value, low, high, n.
+
+    Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures):
+    probe, knn            fitted on `train` pictures at train_size
+    probe_fixed           the same with a fixed, weak penalty (`fixed_probe`)
+    probe_refit           fitted on `train` pictures at that size (left out with refit=False)
+    retrieval, cka        against the same test pictures at train_size
+    effective_rank, feature_std
+    gallery, queries: seeded subsets of train and test (None: all). train_size is read even if not in `sizes`.
+    tags (for example seed and data set) are added to every row. ValueError, before any work, on a size that
+    is no multiple of an encoder's patch.
+    """
+    home = size_pair(train_size)
+    asked = list(dict.fromkeys([home, *map(size_pair, sizes)]))
+    for encoder in encoders.values():
+        patch = getattr(encoder, "patch_size", None)
+        for size in asked if patch is not None else []:
+            patch_grid(size, patch)
+    train_index, test_index = _subset(len(train), gallery, seed), _subset(len(test), queries, seed)
+    y_train, y_test = train.labels[train_index], test.labels[test_index]
+    rows: list[dict[str, Any]] = []
+    fitted: dict[str, tuple[Pipeline, Pipeline, Tensor, Tensor]] = {}  # name -> probes, train and test features
+    for size in tqdm(asked, desc="image sizes", disable=not progress):
+        seen = _encode_all(encoders, test, size, test_index, pool, batch_size)
+        known = _encode_all(encoders, train, size, train_index, pool, batch_size) if refit or size == home else {}
+        for name, x in seen.items():
+            here = linear_probe(known[name], y_train) if name in known else None
+            if size == home:
+                fitted[name] = (here, fixed_probe(known[name], y_train), known[name], x)
+            probe, fixed, x_train, x_home = fitted[name]
+            found = {
+                "probe": bootstrap_interval(probe_hits(probe, x, y_test), seed=seed),
+                "probe_fixed": bootstrap_interval(probe_hits(fixed, x, y_test), seed=seed),
+                "knn": bootstrap_interval(knn_accuracy(x_train, y_train, x, y_test, knn_k), seed=seed),
+                "retrieval": bootstrap_interval(retrieval_hits(x, x_home), seed=seed),
+                **_geometry(x, x_home, seed),
+            }
+            if refit:
+                found["probe_refit"] = bootstrap_interval(probe_hits(here, x, y_test), seed=seed)
+            base = {**(tags or {}), "encoder": name, "size": size}
+            rows += [
+                {**base, "metric": metric, "value": v, "low": low, "high": high, "n": len(x)}
+                for metric, (v, low, high) in found.items()
+            ]
+    return rows
+
+
+def _subset(total: int, count: int | None, seed: int) -> Tensor:
+    if count is None or count >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def _encode_all(
+    encoders: Mapping[str, EncoderLike],
+    data: Pictures,
+    size: tuple[int, int],
+    index: Tensor,
+    pool: str,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """Each picture is drawn once per size and shown to every encoder; only one batch is held in memory."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    for chunk in index.split(batch_size):
+        images = data.at_size(size, chunk)
+        for name, encoder in encoders.items():
+            parts[name].append(encode(encoder, images, pool=pool, batch_size=batch_size))
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+def _geometry(x: Tensor, x_home: Tensor, seed: int) -> dict[str, Interval]:
+    with one_thread():
+        narrow, narrow_home = _narrow(x), _narrow(x_home)
+        return {
+            "effective_rank": jackknife_interval(lambda i: effective_rank(narrow[i]), len(x), seed=seed),
+            "feature_std": jackknife_interval(lambda i: feature_std(x[i]), len(x), seed=seed),  # a rotation changes it
+            "cka": jackknife_interval(lambda i: linear_cka(narrow[i], narrow_home[i]), len(x), seed=seed),
+        }
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """Features wider than their number, [N, D > N] -> [N, N] with the same inner products, rank and CKA."""
+    if x.shape[1] <= len(x):
+        return x
+    values, vectors = torch.linalg.eigh(x.double() @ x.double().T)
+    return vectors * values.clamp(min=0).sqrt()

@@ -1,0 +1,1 @@
+"""What is run over grids and whole: notebooks with parameters, sweeps, the tour."""

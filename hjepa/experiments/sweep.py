@@ -1,0 +1,290 @@
+"""A sweep: one notebook run once per combination of parameters, a few at a time, gathered into one table.
+
+    notebook: notebooks/07_resolution_transfer.ipynb
+    parameters: {data: openmoji}          # the same in every run
+    grid: {theta: [10.0, 100.0]}          # every combination of these
+    seeds: [0, 1, 2]                      # short for one more grid entry, `seed`
+    max_parallel: 2                       # runs at a time
+    executor: local                       # or slurm, with a section `slurm:` of submitit's options
+
+Each run has a folder out/LABEL-HASH; the notebook gets it as `run_dir` and writes metrics.json there, {"rows": [...]}.
+A finished run has state "finished" in run.json and is never run again. One that was stopped is run again in the same
+folder, so a notebook that trains should resume there. A run that fails leaves error.txt and holds up nobody.
+
+Runs outlive a sweep that is killed. Each holds its folder's lock, so the next sweep waits for it instead of doubling
+it; results pass through files only, nothing is unpickled.
+Source of the job handling: submitit. Not covered: stopping bad runs early, adaptive search.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_origin
+
+from tqdm import tqdm
+
+from ..evaluate.results import sweep_csv, sweep_rows
+from ..files import hold, is_held, read_json, read_yaml, write_whole
+from ..inputs import nearest
+from .notebooks import NotebookError, check_parameters, execute, find_parameters
+
+EXECUTORS = ("local", "slurm")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+MOST_RUNS = 10_000
+POLL = 0.2  # seconds between looks at the running jobs
+LATE_FILES = 15  # seconds that files of a Slurm job may take to appear here
+
+
+@dataclass
+class Sweep:
+    """What a sweep file says."""
+
+    notebook: str  # path from the current folder
+    parameters: dict[str, Any] = field(default_factory=dict)  # the same for every run
+    grid: dict[str, list[Any]] = field(default_factory=dict)  # values to combine
+    seeds: list[int] = field(default_factory=list)  # values of the parameter `seed`
+    executor: str = "local"  # local processes, or slurm
+    max_parallel: int = 2  # runs at a time
+    threads_per_run: int = 1  # CPU threads of each
+    timeout_min: int = 1440  # a longer run fails
+    slurm: dict[str, Any] = field(default_factory=dict)  # submitit's options, such as partition
+    out: str = ""  # results folder; runs/sweeps/NAME of the file if absent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One combination of parameters and its folder."""
+
+    folder: Path
+    parameters: dict[str, Any]
+    varied: dict[str, Any]  # those that tell it from other runs
+
+    @property
+    def finished(self) -> bool:
+        state, metrics = read_json(self.folder / "run.json"), read_json(self.folder / "metrics.json")
+        done = isinstance(state, dict) and state.get("state") == "finished"
+        return done and isinstance(metrics, dict) and isinstance(metrics.get("rows"), list)
+
+    @property
+    def error(self) -> str:
+        """First line of error.txt, "" where there is none."""
+        path = self.folder / "error.txt"
+        return (path.read_text(encoding="utf-8").splitlines() or ["unknown"])[0] if path.exists() else ""
+
+
+def load_sweep(path: str | Path) -> tuple[Sweep, list[Run]]:
+    """Read a sweep file and list its runs, all names and types checked against the notebook.
+
+    Raises:
+        FileNotFoundError: no such file or notebook.
+        ValueError: unknown key or parameter (with the nearest), wrong type, empty list, too many or doubled runs.
+    """
+    sweep = _read(Path(path))
+    grid = {**sweep.grid, **({"seed": sweep.seeds} if sweep.seeds else {})}
+    known = find_parameters(sweep.notebook)
+    fixed = dict(sweep.parameters)
+    if "run_dir" not in known:
+        raise ValueError(f"{sweep.notebook} has no parameter run_dir, so a run cannot be told where to write")
+    if "threads" in known and "threads" not in {**fixed, **grid}:
+        fixed["threads"] = sweep.threads_per_run
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    for varied in combinations:
+        check_parameters({**fixed, **varied}, known, str(path))
+    runs = [_run(sweep, fixed, varied) for varied in combinations]
+    if len({run.folder for run in runs}) < len(runs):
+        raise ValueError(f"{path}: the grid names the same run twice; look for a doubled value")
+    return sweep, runs
+
+
+def _read(path: Path) -> Sweep:
+    tree = read_yaml(path)
+    if not isinstance(tree, dict) or not tree:
+        raise ValueError(f"{path}: a sweep file holds keys such as notebook, parameters and grid")
+    known: dict[str, Any] = {f.name: f.type for f in fields(Sweep)}
+    for key, value in tree.items():
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}; nearest: {nearest(str(key), known) or 'none'}")
+        kind = get_origin(known[key]) or known[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{path}: {key}={value!r} must be {kind.__name__}, not {type(value).__name__}")
+    if not tree.get("notebook"):
+        raise ValueError(f"{path}: no key `notebook`, the path of what to run")
+    sweep = Sweep(**tree)
+    sweep.out = sweep.out or str(Path("runs", "sweeps", path.stem))
+    _check(sweep, path)
+    return sweep
+
+
+def _check(sweep: Sweep, path: Path) -> None:
+    if sweep.executor not in EXECUTORS:
+        near = nearest(sweep.executor, EXECUTORS) or "local"
+        raise ValueError(f"{path}: executor={sweep.executor!r} must be local or slurm; nearest: {near}")
+    for key in ("max_parallel", "threads_per_run", "timeout_min"):
+        if getattr(sweep, key) < 1:
+            raise ValueError(f"{path}: {key}={getattr(sweep, key)} must be at least 1")
+    count = 1
+    for key, values in {**sweep.grid, "seeds": sweep.seeds or [0]}.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path}: grid.{key}={values!r} must be a list of one or more values")
+        count *= len(values)
+    if count > MOST_RUNS:
+        raise ValueError(f"{path}: the grid has {count} runs, more than {MOST_RUNS}")
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in sweep.seeds):
+        raise ValueError(f"{path}: seeds={sweep.seeds!r} must be whole numbers")
+    names = [*sweep.parameters, *sweep.grid, *(["seed"] if sweep.seeds else [])]
+    for name in ({n for n in names if names.count(n) > 1} | {"run_dir"}) & set(names):
+        why = "is set by the sweep itself" if name == "run_dir" else "is given twice (parameters, grid, seeds)"
+        raise ValueError(f"{path}: parameter {name} {why}")
+
+
+def _run(sweep: Sweep, fixed: dict[str, Any], varied: dict[str, Any]) -> Run:
+    parameters = {**fixed, **varied}
+    identity = json.dumps([Path(sweep.notebook).name, parameters], sort_keys=True)
+    label = re.sub(r"[^\w.=,+-]+", "-", ",".join(f"{k}={v}" for k, v in varied.items()))[:80] or "run"
+    folder = Path(sweep.out).resolve() / f"{label}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+    return Run(folder, parameters, varied)
+
+
+def run_one(notebook: str, run: Run, threads: int) -> None:
+    """What a job does: hold the folder, run the notebook, leave run.json or error.txt. In a process of its own."""
+    os.environ.update(dict.fromkeys(THREADS, str(threads)))
+    while is_held(run.folder):  # by a job of a sweep that was killed
+        time.sleep(POLL)
+    with hold(run.folder):
+        if not run.finished:
+            _attempt(notebook, run)
+
+
+def _attempt(notebook: str, run: Run) -> None:
+    for name in ("metrics.json", "run.json", "error.txt"):
+        (run.folder / name).unlink(missing_ok=True)
+    started = time.time()
+    record: dict[str, Any] = {"state": "finished", "parameters": run.parameters}
+    try:
+        parameters = {**run.parameters, "run_dir": str(run.folder)}
+        execute(notebook, run.folder / Path(notebook).name, parameters, cwd=Path(notebook).parent, stream=sys.stdout)
+        metrics = read_json(run.folder / "metrics.json")
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("rows"), list):
+            raise NotebookError('the notebook left no metrics.json with a list "rows" in run_dir')
+    except Exception as error:
+        write_whole(run.folder / "error.txt", f"{_one_line(error)}\n\n{traceback.format_exc()}")
+        record["state"] = "failed"
+    record["seconds"] = round(time.time() - started, 1)
+    write_whole(run.folder / "run.json", json.dumps(record, indent=1) + "\n")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, NotebookError) else f"{type(error).__name__}: {text}"
+
+
+def run_sweep(path: str | Path, *, progress: bool = True) -> list[Run]:
+    """Run what is not finished yet, gather all into table.csv and results.json, return the runs that failed.
+
+    Raises:
+        ValueError: as `load_sweep`, or another process runs this sweep, or there is no Slurm here.
+    """
+    sweep, runs = load_sweep(path)
+    with hold(sweep.out):
+        todo = [run for run in runs if not run.finished]
+        _Jobs(sweep, todo).work(tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", disable=not progress))
+        gather(runs, Path(sweep.out))
+    return [run for run in runs if not run.finished]
+
+
+class _Jobs:
+    """The runs waiting and running; a job of None is a run that an earlier sweep started and that still goes on."""
+
+    def __init__(self, sweep: Sweep, todo: list[Run]):
+        self.sweep, self.waiting = sweep, deque(todo)
+        self.active: list[tuple[Run, Any]] = []
+        self.executor = _executor(sweep) if todo else None
+        self.failed = 0
+        self.shown: dict[str, int] = {}
+
+    def work(self, bar: Any) -> None:
+        try:
+            while self.waiting or self.active:
+                while self.waiting and len(self.active) < self.sweep.max_parallel:
+                    self.active.append(self.start(self.waiting.popleft()))
+                time.sleep(POLL)
+                self.look(bar)
+        except BaseException:
+            for _, job in self.active:
+                if job is not None:
+                    job.cancel()
+            raise
+        finally:
+            bar.close()
+
+    def start(self, run: Run) -> tuple[Run, Any]:
+        if is_held(run.folder):
+            return run, None
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "error.txt").unlink(missing_ok=True)
+        assert self.executor is not None
+        notebook = str(Path(self.sweep.notebook).resolve())
+        return run, self.executor.submit(run_one, notebook, run, self.sweep.threads_per_run)
+
+    def look(self, bar: Any) -> None:
+        """Take out the runs that ended."""
+        active, self.active = self.active, []
+        for run, job in active:
+            if is_held(run.folder) or (job is not None and not job.done()):
+                self.active.append((run, job))
+            elif not run.finished and not run.error and job is None:
+                self.active.append(self.start(run))
+            else:
+                self.settle(run, job)
+                bar.update()
+        state = {"running": len(self.active), "failed": self.failed}
+        if state != self.shown:
+            bar.set_postfix(state)
+            self.shown = state
+
+    def settle(self, run: Run, job: Any) -> None:
+        late = time.time() + (LATE_FILES if self.sweep.executor == "slurm" else 0)
+        while not run.finished and not run.error and time.time() < late:
+            time.sleep(1)
+        if run.finished:
+            return
+        self.failed += 1
+        if not run.error:
+            log = job.paths.stderr if job is not None else "none"
+            write_whole(run.folder / "error.txt", f"the job ended without a result (killed?); its log: {log}\n")
+        tqdm.write(f"failed: {run.folder.name}: {run.error}", file=sys.stderr)
+
+
+def _executor(sweep: Sweep) -> Any:
+    import submitit
+
+    try:
+        executor = submitit.AutoExecutor(Path(sweep.out) / "jobs", cluster=sweep.executor)
+        options = {f"slurm_{key}": value for key, value in sweep.slurm.items()} if sweep.executor == "slurm" else {}
+        executor.update_parameters(timeout_min=sweep.timeout_min, cpus_per_task=sweep.threads_per_run, **options)
+    except (RuntimeError, NameError, TypeError, AssertionError) as error:
+        raise ValueError(f"executor: {sweep.executor} does not work here: {' '.join(str(error).split())}") from None
+    return executor
+
+
+def gather(runs: list[Run], out: Path) -> None:
+    """Write results.json, a line per run with its metrics, and table.csv, the rows of all finished runs."""
+    results = []
+    for run in runs:
+        metrics = read_json(run.folder / "metrics.json") if run.finished else {}
+        state = "finished" if run.finished else "failed"
+        seconds = (read_json(run.folder / "run.json") or {}).get("seconds")  # of the last attempt
+        results.append({"run": run.folder.name, "state": state, "seconds": seconds, "parameters": run.parameters,
+                        "error": run.error, "metrics": metrics})  # fmt: skip
+    write_whole(out / "results.json", "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    rows = sweep_rows(results)
+    if rows:
+        write_whole(out / "table.csv", sweep_csv(rows))

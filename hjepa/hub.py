@@ -1,0 +1,223 @@
+"""A run's encoder, taken back from its checkpoints, exported for timm, published and loaded by name.
+
+An export is a folder in timm's own layout:
+
+    model.safetensors   plain timm keys; also where RoPE is on, as the rotation has no weights
+    config.json         timm's architecture and arguments, mean and std of the data, and under "hjepa" what timm has
+                        no word for: RoPE above all
+    rope.safetensors    learned frequencies, only where there are any
+
+timm loads it with `checkpoint_path=`, `local-dir:` or `hf-hub:` and gets the transformer without rotation;
+`load_pretrained` gets the encoder as it was trained. An encoder without a position table is exported with a table of
+zeros, which adds nothing, because timm's models expect one.
+
+Writing and checking checkpoints is in `hjepa.train.checkpoint`; import it from here.
+Not covered: export of the predictor.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .build import build_encoders, encoder_arguments, seeded
+from .config import Config, load_config
+from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
+from .train.checkpoint import (
+    WEIGHTS,
+    CheckpointError,
+    first_line,
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    read_weights,
+    save_checkpoint,
+    write_json,
+    write_weights,
+)
+
+__all__ = [
+    "CheckpointError", "build_encoders", "export_encoder", "latest_checkpoint", "load_checkpoint", "load_pretrained",
+    "load_run", "read_state", "save_checkpoint",
+]  # fmt: skip
+
+CONFIG, ROPE = "config.json", "rope.safetensors"
+WHICH = ("target", "context")
+Encoder = ContextEncoder | TargetEncoder
+
+
+def load_run(run_dir: str | Path, which: str = "target") -> tuple[Encoder, Config]:
+    """The encoder of a run's newest whole checkpoint, in eval mode, and the run's config.
+
+    which: "target" or "context".
+
+    Raises:
+        FileNotFoundError: run_dir is not a run, or has no checkpoint.
+        ValueError: another `which`, or a damaged checkpoint, named.
+    """
+    if which not in WHICH:
+        raise ValueError(f"which={which!r} is not one of {', '.join(WHICH)}")
+    encoder, config, _ = _load_run(Path(run_dir), which)
+    return encoder, config
+
+
+def _load_run(run_dir: Path, which: str) -> tuple[Encoder, Config, dict[str, Any]]:
+    if not (run_dir / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run: it has no config.yaml")
+    config = load_config(run_dir / "config.yaml")
+    path = latest_checkpoint(run_dir)
+    if path is None:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint")
+    encoder = _pick(build_encoders(config), which)
+    prefix = f"{which}_encoder."
+    weights = {k.removeprefix(prefix): t for k, t in read_weights(path / WEIGHTS).items() if k.startswith(prefix)}
+    _load(encoder, weights, path / WEIGHTS)
+    return encoder.eval(), config, read_state(path)
+
+
+def _pick(encoders: tuple[ContextEncoder, TargetEncoder], which: str) -> Encoder:
+    return encoders[0] if which == "context" else encoders[1]
+
+
+def _load(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit: {' '.join(str(error).split())[:200]}") from None
+
+
+# ---- exports
+
+
+def export_encoder(
+    run_dir: str | Path, out: str | Path, which: str = "target", *, push_to: str | None = None
+) -> Path:
+    """Write a run's encoder to the folder `out` and return it; push_to="user/name" also publishes it.
+
+    Afterwards `timm.create_model("local-dir:OUT")` or `timm.create_model(NAME, checkpoint_path=OUT/model.safetensors,
+    num_classes=0, **model_args of config.json)` gives the transformer, `load_pretrained(OUT)` the whole encoder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_run`; a push_to that is not user/name.
+        ConnectionError: the hub cannot be reached or refuses; the local files are written by then.
+    """
+    if push_to is not None:
+        _check_hub_name(push_to)
+    if which not in WHICH:
+        raise ValueError(f"which={which!r} is not one of {', '.join(WHICH)}")
+    encoder, config, state = _load_run(Path(run_dir), which)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder / WEIGHTS, timm_weights(encoder))
+    frequencies = encoder.rope.state_dict() if encoder.rope is not None else {}
+    if frequencies:
+        write_weights(folder / ROPE, frequencies)
+    write_json(folder / CONFIG, _export_config(encoder, config, state, which))
+    if push_to is not None:
+        _push(folder, push_to)
+    return folder
+
+
+def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """State dict with the keys of a plain timm model; a missing position table becomes zeros."""
+    vit = encoder.vit
+    weights = vit.state_dict()
+    if not encoder.use_absolute:
+        tokens = encoder.num_patches + (0 if vit.no_embed_class else encoder.num_prefix_tokens)
+        weights["pos_embed"] = torch.zeros(1, tokens, encoder.embed_dim)
+    return weights
+
+
+def _export_config(encoder: Encoder, config: Config, state: dict[str, Any], which: str) -> dict[str, Any]:
+    arguments = encoder_arguments(config)
+    size = config.data.image_size
+    return {
+        "architecture": arguments["encoder_type"],
+        "num_classes": 0,
+        "num_features": encoder.embed_dim,
+        "model_args": {"img_size": size, "dynamic_img_size": True, **arguments["vit"]},
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": False,
+            "num_classes": 0,
+            "mean": state["extra"].get("mean"),
+            "std": state["extra"].get("std"),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "first_conv": "patch_embed.proj",
+        },
+        "hjepa": {
+            "which": which,
+            "step": state["step"],
+            "encoder": arguments,
+            "config": state["config"],
+        },
+    }
+
+
+def load_pretrained(name_or_folder: str | Path) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder of an export, a local folder or "user/name" on the Hugging Face hub, in eval mode, and config.json.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub name.
+        CheckpointError: files that are not a whole export of hjepa.
+        ConnectionError: the hub cannot be reached, or has no such repository.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = _download(str(name_or_folder))
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        arguments, which = config["hjepa"]["encoder"], config["hjepa"]["which"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder / CONFIG} is missing: not an export of hjepa") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / CONFIG} has no 'hjepa' section: not an export of hjepa") from None
+    try:
+        with seeded(0):
+            encoder = _pick(create_encoder(**arguments), which)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} describes no encoder of hjepa: {first_line(error)}") from None
+    _load(encoder.vit, _drop_zero_table(encoder, _exported(folder / WEIGHTS)), folder / WEIGHTS)
+    if encoder.rope is not None and encoder.rope.state_dict():
+        _load(encoder.rope, _exported(folder / ROPE), folder / ROPE)
+    return encoder.eval(), config
+
+
+def _exported(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: not a whole export of hjepa")
+    return read_weights(path)
+
+
+def _drop_zero_table(encoder: Encoder, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return weights if encoder.use_absolute else {k: t for k, t in weights.items() if k != "pos_embed"}
+
+
+def _check_hub_name(name: str) -> None:
+    if name.count("/") != 1 or not all(name.split("/")) or " " in name:
+        raise ValueError(f"hub name {name!r} must be of the form user/name")
+
+
+def _push(folder: Path, name: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add hjepa encoder")
+    except Exception as error:
+        raise ConnectionError(f"could not publish {name!r}: {first_line(error)}; the files are in {folder}") from None
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if name.count("/") != 1 or name.startswith((".", "/")) or name.endswith("/"):
+        raise FileNotFoundError(f"{name} is neither a folder nor a hub name of the form user/name")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, ROPE]))
+    except Exception as error:
+        raise ConnectionError(f"could not load {name!r} from the hub: {first_line(error)}") from None

@@ -1,0 +1,315 @@
+"""ContextEncoder and TargetEncoder: a timm VisionTransformer with rotary positions, right at every image size.
+
+Both are the same construction (`_Encoder`); the target adds the exponential moving average of the context's weights.
+Four modes of telling a token where it is, from two switches:
+
+    use_absolute  use_rope
+    True          False      absolute: timm's learned table, resampled (bicubic) on other grids
+    False         True       rope: rotation only
+    True          True       hybrid: both, which is what the report's `use_rope=True` means
+    False         False      none: a bag of patches
+
+Tokens hidden from the context encoder are dropped, not zeroed: they cost nothing and nobody attends to them. The kept
+ones take their true positions along. With RoPE off and no tokens dropped the output is plain timm's
+`forward_features`, bit for bit in float32 (in half precision see `attention.py`).
+
+Sources: Assran et al., "I-JEPA", 2023 (context, target, EMA); timm for the transformer itself.
+Not covered: building the transformer and which of timm's fit (`vit.py`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..inputs import patch_grid, whole_patches
+from .checks import check_index, check_masked, check_positions, square_patch
+from .rope import VisionRoPE2D
+from .vit import add_rope, block_weights, build_vit, freeze_head, run_block
+
+
+class _Encoder(nn.Module):
+    """What context and target encoder share. See `create_encoder` for the arguments."""
+
+    def __init__(
+        self,
+        encoder_type: str = "vit_base_patch16_224",
+        img_size: int | tuple[int, int] = 224,
+        pretrained: bool = False,
+        use_rope: bool = False,
+        rope_theta: float = 10000.0,
+        *,
+        use_absolute: bool = True,
+        rope: Mapping[str, Any] | None = None,
+        vit: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder_type, self.use_rope, self.use_absolute = encoder_type, use_rope, use_absolute
+        options = dict(vit or {})
+        if options.get("patch_size") is not None:  # before timm builds on it
+            patch_grid(img_size, square_patch(options["patch_size"]))
+        self.vit: VisionTransformer = build_vit(encoder_type, img_size, pretrained, **options)
+        self.patch_size = square_patch(self.vit.patch_embed.feat_ratio(as_scalar=False))
+        patch_grid(img_size, self.patch_size)
+        freeze_head(self.vit)
+        if not use_absolute:
+            self.vit.pos_embed = None
+        self.rope = self._add_rope(rope_theta, dict(rope or {})) if use_rope else None
+
+    def _add_rope(self, theta: float, options: dict[str, Any]) -> VisionRoPE2D:
+        first: Any = self.vit.blocks[0].attn
+        rope = VisionRoPE2D(
+            getattr(first, "head_dim", 0),
+            self.patch_size,
+            self.grid_size,
+            theta,
+            num_heads=first.num_heads,
+            num_layers=len(self.vit.blocks),
+            **options,
+        )
+        for layer, block in enumerate(self.vit.blocks):
+            add_rope(block, rope, layer, self.num_prefix_tokens)
+        return rope
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """A checkpoint with an absolute table loads into an encoder without one: the table has no use there."""
+        if not self.use_absolute:
+            state_dict.pop(f"{prefix}vit.pos_embed", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of a token."""
+        return self.vit.embed_dim
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) of the training grid, in patches."""
+        return tuple(self.vit.patch_embed.grid_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of the training grid."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: CLS, registers, distillation."""
+        return self.vit.num_prefix_tokens
+
+    def image_grid(self, images: Tensor) -> tuple[int, int]:
+        """Patch grid of `images` `[B, C, h, w]`. Raises ValueError where the size is not a multiple of the patch."""
+        if images.dim() != 4:
+            raise ValueError(f"images must be [B, channels, height, width], got shape {tuple(images.shape)}")
+        channels = self.vit.patch_embed.proj.in_channels
+        if images.shape[1] != channels:
+            raise ValueError(f"images have {images.shape[1]} channels, this encoder was built for {channels}")
+        height, width = images.shape[-2:]
+        return whole_patches((height, width), (self.patch_size, self.patch_size))
+
+    def forward(
+        self,
+        images: Tensor,
+        context_idx: Tensor | None = None,
+        is_masked: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Encode images of any size that is a multiple of the patch.
+
+        Args:
+            images: `[B, C, h, w]`.
+            context_idx: `[B, n]`, the patches to keep of each sample (row-major indices); the others are dropped.
+            is_masked: `[B, N]` booleans, True = hidden. The same by a mask: the output keeps all N places, and hidden
+                ones hold zeros.
+            positions: `[N, 2]` or `[B, N, 2]`, (row, column) in patches, in place of the grid's; RoPE only.
+
+        Returns:
+            `[B, prefix + N, D]`, or `[B, prefix + n, D]` with context_idx, after the final norm.
+
+        Raises:
+            ValueError: sizes, indices or masks that do not fit, an empty context.
+        """
+        grid = self.image_grid(images)
+        if is_masked is not None:
+            if context_idx is not None:
+                raise ValueError("give context_idx or is_masked, not both")
+            return self._forward_masked(images, is_masked, positions)
+        if context_idx is not None:
+            check_index(context_idx, images.shape[0], grid)
+        return self._encode(images, grid, context_idx, positions, None)
+
+    def _encode(
+        self,
+        images: Tensor,
+        grid: tuple[int, int],
+        index: Tensor | None,
+        positions: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> Tensor:
+        x = self._embed(images)
+        if index is not None:
+            prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], dim=1)
+            x = torch.cat((prefix, patches.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))), dim=1)
+        x = self.vit.norm_pre(x)
+        return self.vit.norm(self._run_blocks(x, self._tables(len(x), grid, index, positions, x.device), attn_mask))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Patches and prefix tokens with the absolute table added where there is one: `[B, prefix + N, D]`."""
+        x = self.vit.patch_embed(images)
+        if self.vit.pos_embed is not None:
+            return self.vit._pos_embed(x)
+        tokens = [getattr(self.vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
+        x = x.flatten(1, 2).to(self.vit.patch_embed.proj.weight.dtype)  # autocast narrows it: sum up in full precision
+        return self.vit.pos_drop(torch.cat([*prefix, x], dim=1))
+
+    def _tables(
+        self, batch: int, grid: tuple[int, int], index: Tensor | None, positions: Tensor | None, device: torch.device
+    ) -> list[Tensor | None]:
+        """One rotation table per layer, or None per layer with RoPE off."""
+        if self.rope is None:
+            if positions is not None:
+                raise ValueError("positions need RoPE: build the encoder with use_rope=True")
+            return [None] * len(self.vit.blocks)
+        if positions is None and self.training and self.rope.augments:
+            positions = self.rope.augment(self.rope.positions(grid, device), grid)
+        if positions is not None:
+            check_positions(positions, batch, grid)
+        return list(self.rope.tables(grid, positions=positions, index=index, device=device))
+
+    def _run_blocks(self, x: Tensor, tables: list[Tensor | None], attn_mask: Tensor | None) -> Tensor:
+        saving = self.vit.grad_checkpointing and self.training and torch.is_grad_enabled()
+        for block, table in zip(self.vit.blocks, tables, strict=True):
+            if saving:
+                x = checkpoint(run_block, block, x, table, attn_mask, use_reentrant=False)
+            else:
+                x = run_block(block, x, table, attn_mask)
+        return x
+
+    def _forward_masked(self, images: Tensor, is_masked: Tensor, positions: Tensor | None) -> Tensor:
+        """Visible tokens first, as many as the fullest sample has; the surplus of the others is masked as keys."""
+        grid, batch = self.image_grid(images), images.shape[0]
+        patches, prefix = grid[0] * grid[1], self.num_prefix_tokens
+        check_masked(is_masked, batch, patches)
+        most = int((~is_masked).sum(1).max())
+        index = is_masked.int().argsort(dim=1, stable=True)[:, :most]
+        surplus = is_masked.gather(1, index)
+        attn_mask = None
+        if surplus.any():
+            keys = torch.cat((surplus.new_zeros(batch, prefix), surplus), dim=1)
+            attn_mask = ~keys[:, None, None, :]
+        encoded = self._encode(images, grid, index, positions, attn_mask)
+        kept = encoded[:, prefix:].masked_fill(surplus[..., None], 0)
+        out = encoded.new_zeros(batch, patches, encoded.shape[-1])
+        out = out.scatter(1, index[..., None].expand_as(kept), kept)
+        return torch.cat((encoded[:, :prefix], out), dim=1)
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor) -> list[Tensor]:
+        """Attention weights of every layer, `[B, heads, prefix + N, prefix + N]` each, RoPE or not, for pictures."""
+        grid = self.image_grid(images)
+        x = self.vit.norm_pre(self._embed(images))
+        maps = []
+        for block, table in zip(self.vit.blocks, self._tables(len(x), grid, None, None, x.device), strict=True):
+            maps.append(block_weights(block, x, table))
+            x = run_block(block, x, table, None)
+        return maps
+
+
+class ContextEncoder(_Encoder):
+    """The encoder that is trained. It sees the context patches only."""
+
+
+class TargetEncoder(_Encoder):
+    """The encoder that makes the targets: an exponential moving average, never trained, always in eval mode.
+
+    The momentum rises linearly from `ema_start` to `ema_end` over `ema_steps` (I-JEPA: 0.996 -> 1.0).
+    """
+
+    def __init__(
+        self, *args: Any, ema_start: float = 0.996, ema_end: float = 1.0, ema_steps: int = 1000, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_schedule(ema_start, ema_end, ema_steps)
+        self.requires_grad_(False)
+        self.eval()
+
+    def set_schedule(self, ema_start: float, ema_end: float, ema_steps: int) -> None:
+        """Set the momentum schedule. Raises ValueError unless 0 <= start <= end <= 1 and there is a step."""
+        if not (0 <= ema_start <= ema_end <= 1 and ema_steps >= 1):
+            raise ValueError(
+                f"EMA momentum needs 0 <= start <= end <= 1 and steps >= 1, got {ema_start}, {ema_end}, {ema_steps}"
+            )
+        self.ema_start, self.ema_end, self.ema_steps = ema_start, ema_end, ema_steps
+
+    def train(self, mode: bool = True) -> "TargetEncoder":
+        """Stay in eval mode whatever the parent is set to."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As ContextEncoder's, without gradient."""
+        return super().forward(*args, **kwargs)
+
+    def momentum_at(self, step: int) -> float:
+        """Momentum of the update after optimiser step `step` (0, 1, ..)."""
+        return self.ema_start + (self.ema_end - self.ema_start) * min(max(step / self.ema_steps, 0.0), 1.0)
+
+    @torch.no_grad()
+    def update_from_context_encoder(self, context_encoder: nn.Module, current_step: int) -> float:
+        """target = m * target + (1 - m) * context for parameters and float buffers, copies of the rest; returns m."""
+        mine, theirs = dict(_named_tensors(self)), dict(_named_tensors(context_encoder))
+        if mine.keys() != theirs.keys():
+            odd = sorted(mine.keys() ^ theirs.keys())
+            raise ValueError(f"context encoder is built differently: {odd[0]} is in one of the two only")
+        floats = [name for name, t in mine.items() if t.is_floating_point()]
+        momentum = self.momentum_at(current_step)
+        torch._foreach_lerp_([mine[n] for n in floats], [theirs[n].to(mine[n].dtype) for n in floats], 1 - momentum)
+        for name in mine.keys() - set(floats):
+            mine[name].copy_(theirs[name])
+        return momentum
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, t.detach()) for n, t in [*module.named_parameters(), *module.named_buffers()]]
+
+
+def create_encoder(
+    encoder_type: str = "vit_base_patch16_224",
+    img_size: int | tuple[int, int] = 224,
+    pretrained: bool = False,
+    use_rope: bool = False,
+    rope_theta: float = 10000.0,
+    *,
+    use_absolute: bool = True,
+    rope: Mapping[str, Any] | None = None,
+    vit: Mapping[str, Any] | None = None,
+    ema_start: float = 0.996,
+    ema_end: float = 1.0,
+    ema_steps: int = 1000,
+) -> tuple[ContextEncoder, TargetEncoder]:
+    """A context encoder and a target encoder that starts as its exact copy.
+
+    Args:
+        encoder_type: name of a timm VisionTransformer.
+        img_size: training image size in pixels, an int or (height, width), a multiple of the patch.
+        pretrained: load timm's weights (downloads them).
+        use_rope: rotate queries and keys.
+        rope_theta: base of RoPE's frequencies.
+        use_absolute: keep the learned absolute position table. With use_rope this is the hybrid of the report.
+        rope: more options of VisionRoPE2D (kind, strategy, learnable, ..).
+        vit: more options of timm's VisionTransformer (patch_size, embed_dim, depth, num_heads, class_token, ..).
+        ema_start, ema_end, ema_steps: the target's momentum schedule.
+
+    Raises:
+        ValueError: a model, size or option that does not fit, naming the value and what is allowed.
+    """
+    kwargs: dict[str, Any] = dict(use_absolute=use_absolute, rope=rope, vit=vit)
+    context = ContextEncoder(encoder_type, img_size, pretrained, use_rope, rope_theta, **kwargs)
+    schedule: dict[str, Any] = dict(ema_start=ema_start, ema_end=ema_end, ema_steps=ema_steps)
+    target = TargetEncoder(encoder_type, img_size, False, use_rope, rope_theta, **schedule, **kwargs)
+    target.load_state_dict(context.state_dict())
+    return context, target

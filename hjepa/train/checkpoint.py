@@ -1,0 +1,275 @@
+"""Checkpoints on disk: written whole or not at all, read only when whole.
+
+    run_dir/checkpoints/step_00000250/
+        model.safetensors   context encoder, target encoder, predictor
+        optimizer.pt        AdamW's state, read back with torch.load(weights_only=True): no code is run
+        state.json          format marker, step, config, SHA-256 of the two files and of itself
+
+A checkpoint is written to a hidden folder beside its place, flushed to disk, then renamed: it is there whole or not
+at all, and a full disk leaves the earlier ones as they were. The two newest are kept. Random state is not stored:
+every step seeds itself from (seed, step), see `hjepa.train.schedule`.
+
+The hashes find damage and honest mistakes; they are no signature against an attacker.
+
+Not covered: exports (`hjepa.hub`), checkpoints cut over processes (`hjepa.train.sharding`).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..config import Config
+from .sharding import is_sharded, load_whole, load_whole_optimizer
+
+FORMAT, VERSION = "hjepa-checkpoint", 1
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+KINDS = {"step": int, "sha256": dict, "config": dict, "extra": dict}  # of the state's parts
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or export that cannot be used: the message names the file and the reason."""
+
+
+# ---- writing
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    model: nn.Module | Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | Mapping[str, Any],
+    config: Config,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write run_dir/checkpoints/step_{step} and return it; step counts finished optimiser steps.
+
+    model, optimizer: the objects or their state dicts (of a cut model: `hjepa.train.sharding`). extra: JSON values kept
+    under "extra" in the state (mean and std of the data, for example). OSError on a full disk or a read-only folder,
+    with the earlier checkpoints untouched. Of those, config.train.keep_checkpoints stay, this one included.
+    """
+    parent = Path(run_dir) / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".tmp-{step}-{os.getpid()}"
+    try:
+        temporary.mkdir(exist_ok=True)
+        write_weights(temporary / WEIGHTS, model.state_dict() if isinstance(model, nn.Module) else model)
+        moments = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else dict(optimizer)
+        write_file(temporary / OPTIMIZER, lambda file: torch.save(moments, file))
+        state = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
+            "config": OmegaConf.to_container(config),  # type: ignore[call-overload]
+            "extra": dict(extra or {}),
+        }
+        state["self"] = _digest_of(state)
+        write_json(temporary / STATE, state)
+        final = _put_in_place(temporary, parent / f"step_{step:08d}")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    earlier = [path for path in _steps(parent) if path.name <= final.name]
+    for old in [*earlier[: -config.train.keep_checkpoints], *parent.glob(".tmp-*")]:  # the latter from crashes
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _put_in_place(temporary: Path, final: Path) -> Path:
+    """Rename, atomically. A folder already there steps aside; if it is damaged it is kept as damaged_step_..."""
+    _sync_folder(temporary)
+    aside = None
+    if final.exists():
+        aside = final.with_name(f".tmp-{final.name}" if _is_whole(final) else f"damaged_{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(final, aside)
+    os.replace(temporary, final)
+    _sync_folder(final.parent)
+    return final
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(read_state(folder))
+    except CheckpointError:
+        return False
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A failure to write is an OSError that names the file; torch and safetensors have errors of their own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path.name} could not be written: {first_line(error)}") from error
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, flushed to disk."""
+    with _named(path):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """A JSON file, flushed to disk."""
+    write_file(path, lambda file: file.write(json.dumps(tree, indent=1).encode()))
+
+
+def write_file(path: Path, writer: Callable[[Any], Any]) -> None:
+    """What `writer` writes to an open binary file, flushed to disk."""
+    with _named(path), path.open("wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(state: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in state.items() if key != "self"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+# ---- reading
+
+
+def _steps(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.glob("step_*") if path.is_dir())
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The state of a checkpoint after checking every file of it; nothing is loaded.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        CheckpointError: truncated, foreign or tampered with, naming the file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {folder} does not exist")
+    for name in (STATE, WEIGHTS, OPTIMIZER):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing: not a whole hjepa checkpoint")
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except ValueError:
+        raise CheckpointError(f"{folder / STATE} is not JSON: truncated or foreign") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / STATE} lacks the marker {FORMAT!r}: a foreign checkpoint")
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{folder / STATE} has version {state.get('version')}, this hjepa reads {VERSION}")
+    if state.get("self") != _digest_of(state):
+        raise CheckpointError(f"{folder / STATE} does not match its own SHA-256: tampered with or damaged")
+    for key, kind in KINDS.items():
+        if type(state.get(key)) is not kind:
+            found = f"{key}={state.get(key)!r:.40}"
+            raise CheckpointError(f"{folder / STATE} has {found}, which is not of type {kind.__name__}: foreign")
+    for name in (WEIGHTS, OPTIMIZER):
+        if state["sha256"].get(name) != _sha256(folder / name):
+            raise CheckpointError(f"{folder / name} does not match its SHA-256: truncated or tampered with")
+    return state
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint, or None if there is no checkpoint at all.
+
+    Each damaged newer one is named in a warning and left where it is. CheckpointError if all are damaged.
+    """
+    problem = None
+    for path in reversed(_steps(Path(run_dir) / "checkpoints")):
+        try:
+            read_state(path)
+        except CheckpointError as error:
+            problem = problem or error
+            continue
+        if problem:
+            warnings.warn(f"going back to {path.name}: {problem}", stacklevel=2)
+        return path
+    if problem:
+        raise CheckpointError(f"{run_dir} has no whole checkpoint: {problem}")
+    return None
+
+
+def load_checkpoint(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Load weights, and the optimiser if given, from one checkpoint folder; returns its state dict (JSON).
+
+    Everything is checked before anything is changed.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        CheckpointError: a damaged or foreign file, or one of another architecture, naming the first key that differs.
+    """
+    folder = Path(path)
+    state = read_state(folder)
+    weights = read_weights(folder / WEIGHTS)
+    _check_same(folder / WEIGHTS, weights, model.state_dict())
+    if optimizer is not None:
+        try:
+            _load_optimizer(model, optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise CheckpointError(f"{folder / OPTIMIZER} does not fit this optimiser: {first_line(error)}") from None
+    if is_sharded(model):
+        load_whole(model, weights)
+    else:
+        model.load_state_dict(weights)
+    return state
+
+
+def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    if is_sharded(model):
+        load_whole_optimizer(model, optimizer, state)
+    else:
+        optimizer.load_state_dict(state)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {first_line(error)}") from None
+
+
+def _check_same(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for key in sorted(found.keys() ^ wanted.keys()):
+        where = "is in the file and not in the model" if key in found else "is in the model and not in the file"
+        raise CheckpointError(f"{path} is of another architecture: {key} {where}")
+    for key, tensor in wanted.items():
+        if found[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path} is of another architecture: {key} is {list(found[key].shape)}, not {list(tensor.shape)}"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,162 @@
+"""The folder of a run: whether it may be used, its log, and the log's summary.
+
+log.jsonl and log.csv are always written, TensorBoard by a word. One row per logged step; a row that is also an
+evaluation has more fields. When a run is resumed from step t, rows after t are cut first, so that no step stands
+twice.
+
+Not covered: remote trackers.
+"""
+
+import csv
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from ..config import Config, load_config
+
+
+class RunLog:
+    """Append rows (dicts with a "step") to run_dir/log.jsonl and run_dir/log.csv.
+
+    Args:
+        run_dir: folder of the run, which must exist.
+        keep_until: rows up to and including this step are kept, later ones and a half-written one are cut; -1 for a
+            new log.
+        columns: the columns of the CSV, in this order.
+        tensorboard: also write run_dir/tensorboard.
+
+    Raises:
+        ValueError: TensorBoard is asked for and is not installed.
+    """
+
+    def __init__(self, run_dir: Path, keep_until: int, columns: list[str], tensorboard: bool = False):
+        self.jsonl, self.csv, self.columns = run_dir / "log.jsonl", run_dir / "log.csv", columns
+        self.rows = [row for row in read_log(run_dir) if row["step"] <= keep_until]
+        _replace(self.jsonl, lambda file: file.writelines(json.dumps(row) + "\n" for row in self.rows))
+        _replace(self.csv, self._write_table)
+        self.board = _board(run_dir / "tensorboard", keep_until + 1) if tensorboard else None
+
+    def _write_table(self, file: TextIO) -> None:
+        writer = csv.DictWriter(file, self.columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row to all logs, at once on disk."""
+        self.rows.append(row)
+        with self.jsonl.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        with self.csv.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+        if self.board:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+def read_log(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Rows of run_dir/log.jsonl, an empty list without one. A last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: a line that is no row, with the file and its number.
+    """
+    path = Path(run_dir) / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    return [_row(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{where} is not a row of a training log: {line.strip()[:60]!r}")
+    return row
+
+
+def _replace(path: Path, write: Callable[[TextIO], object]) -> None:
+    """Rewrite a file; a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", newline="") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def _board(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "train.tensorboard=true needs the tensorboard package: pip install tensorboard, or set it to false"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=max(first_step, 0))
+
+
+def log_columns(levels: int) -> list[str]:
+    """Fields of a log row; effective_rank and knn stand only in rows that are evaluations."""
+    parts = [f"loss_level_{level}" for level in range(levels)]
+    return ["step", "loss", *parts, "regularizer", "cosine", "grad_norm", "lr", "momentum", "images_per_s",
+            "feature_std", "effective_rank", "knn"]  # fmt: skip
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """First, last and extreme values of a log; None for what it does not hold."""
+    measured, trained = [row for row in rows if "knn" in row], [row for row in rows if "loss" in row]
+    first = rows[0] if rows and rows[0]["step"] == 0 else {}
+    last, loss = (found[-1] if found else {} for found in (measured, trained))
+    return {
+        "steps": rows[-1]["step"] if rows else 0,
+        "loss": loss.get("loss"),
+        "knn": last.get("knn"),
+        "knn_random": first.get("knn"),
+        "effective_rank": last.get("effective_rank"),
+        "effective_rank_random": first.get("effective_rank"),
+        "effective_rank_lowest": min((row["effective_rank"] for row in measured), default=None),
+        "images_per_s": statistics.median(row["images_per_s"] for row in trained) if trained else None,
+    }
+
+
+# ---- may this folder be used?
+
+# a resumed run may differ from its first part in these: they change no weight but by rounding, at most what is logged
+FREE_ON_RESUME = (
+    "data.root", "train.accumulate", "train.num_workers", "train.threads", "train.log_every", "train.eval_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
+)  # fmt: skip
+
+
+def check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
+    """Refuse to mix two runs in one folder. ValueError naming the folder or the first key that differs.
+
+    With a regularizer, a statistic of the micro-batch, train.accumulate is a part of the objective and must not change.
+    """
+    saved = any((run_dir / "checkpoints").glob("step_*"))
+    if saved and not resume:
+        raise ValueError(f"{run_dir} already holds a run; resume it, or choose another folder")
+    if not saved or not (run_dir / "config.yaml").exists():
+        return
+    before, now = (_flat(c) for c in (load_config(run_dir / "config.yaml"), config))
+    bound = () if config.loss.regularizer == "none" else ("train.accumulate",)
+    for key in before:
+        if before[key] != now[key] and (key in bound or not key.startswith(FREE_ON_RESUME)):
+            raise ValueError(f"cannot resume {run_dir}: it was started with {key}={before[key]}, not {now[key]}")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    tree = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

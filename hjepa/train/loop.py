@@ -1,0 +1,342 @@
+"""The training loop: one step is predict, compare, step, average; everything else is bookkeeping.
+
+    for step in steps:                                    lr, pictures, masks and noise from (seed, step)
+        for each micro-batch: loss = model(images, masks); backward
+        clip the gradient; AdamW step                     matrices decay, the rest does not
+        target <- momentum * target + (1 - momentum) * context      once, after the step
+
+Accelerate supplies the device, mixed precision and the processes of torchrun. batch_size is the GLOBAL batch: with N
+processes and A accumulated micro-batches each handles batch_size / (N A) rows of the same batch, under the same masks,
+so the loss curve does not depend on N or A (a regularizer is a statistic of the micro-batch, so it does on A).
+Dropout, if a ViT is given any, repeats across processes and micro-batches.
+
+Source: Assran et al. 2023 (I-JEPA, arXiv:2301.08243, section 4 and appendix A) for optimiser and schedules.
+Not covered: schedules of weight decay. For models too large for one GPU see docs/scaling.md.
+"""
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..build import build_encoders, build_model, draw_masks, load_split, parameter_groups, train_sizes
+from ..config import Config, save_config
+from ..data.images import ImageData, TrainView
+from ..evaluate.measures import effective_rank, feature_std
+from ..evaluate.readers import knn_accuracy
+from ..evaluate.transfer import encode
+from ..nn.encoders import TargetEncoder
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .log import RunLog, check_run_dir, log_columns, summary
+from .schedule import StepSampler, generator_at, lr_at, mix, share, size_at
+from .sharding import fsdp_plugin, is_sharded, whole_optimizer, whole_weights
+
+__all__ = ["TrainingDiverged", "build_model", "train"]
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradient became NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train a model; returns what it also writes to run_dir/metrics.json (on the main process).
+
+    run_dir gets config.yaml, log.jsonl, log.csv, checkpoints/ and metrics.json. With resume=True it continues from
+    the newest whole checkpoint, bit for bit on a CPU (from the start if there is none yet).
+
+    Raises:
+        ValueError: run_dir holds another run, a config that differs from the one resumed, a batch that does not
+            divide among the processes, checkpoints that are all damaged.
+        TrainingDiverged: NaN or infinite loss or gradient.
+    """
+    return _Run(config, Path(run_dir), resume, progress).train()
+
+
+class _Run:
+    """The state of one call of `train`."""
+
+    def __init__(self, config: Config, run_dir: Path, resume: bool, progress: bool):
+        self.config, self.run_dir = config, run_dir
+        options = config.train
+        check_run_dir(config, run_dir, resume)
+        self.accelerator = _accelerator(options.mixed_precision, options.accumulate)
+        torch.set_num_threads(options.threads)
+        if self.accelerator.is_main_process and self.accelerator.device.type == "cpu":
+            _warn_if_slow(options.mixed_precision)
+        self.main, self.progress = self.accelerator.is_main_process, progress and self.accelerator.is_main_process
+        self.rows = [
+            share(
+                options.batch_size,
+                micro=micro,
+                accumulate=options.accumulate,
+                rank=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+            )
+            for micro in range(options.accumulate)
+        ]
+        self.train_data, self.test_data = (load_split(config, split) for split in ("train", "test"))
+        self.held_out: tuple[Tensor, ...] | None = None
+        self.last_good = latest_checkpoint(run_dir) if resume else None
+        self.start = self._build()
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(config, run_dir / "config.yaml")
+            keep = self.start if self.last_good else -1
+            self.log = RunLog(run_dir, keep, log_columns(len(config.model.level_weights)), options.tensorboard)
+
+    def _build(self) -> int:
+        """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
+        options = self.config.train
+        self.plain = build_model(self.config)
+        optimizer = torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr, fused=True)
+        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        self.plain = self.accelerator.unwrap_model(self.model)
+        state: dict[str, Any] = {"step": 0, "extra": {}}
+        if self.last_good:
+            state = load_checkpoint(self.last_good, self.plain, self.optimizer.optimizer)
+        for side in train_sizes(self.config):
+            draw_masks(self.config, self.grid(side), 0)  # a grid too small for the masks is an error now, not later
+        if self.accelerator.scaler is not None and "scaler" in state["extra"]:
+            self.accelerator.scaler.load_state_dict(state["extra"]["scaler"])
+        return state["step"]
+
+    # ---- the loop
+
+    def train(self) -> dict[str, Any]:
+        options, began = self.config.train, time.perf_counter()
+        if self.start == 0:
+            measures = self.measure()
+            if self.main:
+                self.log.write({"step": 0, **measures})
+        self.model.train()
+        bar = tqdm(total=options.steps, initial=self.start, disable=not self.progress, unit="step")
+        batches, tick, images = self.batches(), time.perf_counter(), 0
+        for step in range(self.start, options.steps):
+            measuring = _due(step + 1, options.eval_every, options.steps)
+            logging = measuring or _due(step + 1, options.log_every, options.steps)
+            row, images = self.step(step, batches, logging), images + options.batch_size
+            if logging:
+                self.report(row | {"images_per_s": images / (time.perf_counter() - tick)}, measuring, bar)
+            bar.update()
+            if _due(step + 1, options.checkpoint_every, options.steps):
+                self.save(step + 1)
+                logging = True
+            if logging:  # evaluation and saving do not count as training time
+                tick, images = time.perf_counter(), 0
+        bar.close()
+        return self.finish(time.perf_counter() - began)
+
+    def batches(self) -> Iterator[Tensor]:
+        config, options = self.config, self.config.train
+        view = TrainView(
+            self.train_data,
+            config.data.image_size,
+            crop_scale=tuple(config.data.crop_scale),
+            flip=config.data.flip,
+            color_jitter=config.data.color_jitter,
+        )
+        steps = range(self.start, options.steps)
+        sampler = StepSampler(
+            steps,
+            self.rows,
+            size=len(self.train_data),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            sides=train_sizes(config),
+        )
+        pin = self.accelerator.device.type == "cuda"
+        return iter(DataLoader(view, batch_sampler=sampler, num_workers=options.num_workers, pin_memory=pin))  # type: ignore[arg-type]
+
+    def grid(self, side: int) -> tuple[int, int]:
+        """The patch grid of a square image of that side."""
+        return (side // self.plain.context_encoder.patch_size,) * 2
+
+    def step(self, step: int, batches: Iterator[Tensor], logging: bool = True) -> dict[str, Any]:
+        """One optimiser step over the global batch; returns its log row, without feature_std if not logging."""
+        options, device = self.config.train, self.accelerator.device
+        lr = lr_at(step, steps=options.steps, lr=options.lr, min_lr=options.min_lr, warmup=options.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        side = size_at(step, sizes=train_sizes(self.config), seed=options.seed)
+        masks = draw_masks(self.config, self.grid(side), step)
+        numbers, pooled = [], []
+        for rows in self.rows:
+            images = next(batches).to(device, non_blocking=True)
+            torch.manual_seed(mix(options.seed, step, "noise"))
+            with self.accelerator.accumulate(self.model):
+                out = self.model(images, masks.rows(rows).to(device))
+                numbers.append(torch.stack([out.loss.detach(), *out.level_losses, out.regularizer, out.cosine]).float())
+                pooled.append(out.targets[0].float().mean(1))
+                self.accelerator.backward(out.loss)
+                if self.accelerator.sync_gradients:
+                    loss, *levels, regularizer, cosine = self.reduce(torch.stack(numbers).mean(0), step)
+                    grad_norm = self.update(step)
+        momentum = None
+        if not self.accelerator.optimizer_step_was_skipped:
+            momentum = self.plain.target_encoder.update_from_context_encoder(self.plain.context_encoder, step)
+        row = {
+            "step": step + 1,
+            "loss": loss,
+            **{f"loss_level_{level}": value for level, value in enumerate(levels)},
+            "regularizer": regularizer,
+            "cosine": cosine,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "momentum": momentum,
+        }
+        return row | {"feature_std": feature_std(self.accelerator.gather(torch.cat(pooled)).cpu())} if logging else row
+
+    def reduce(self, numbers: Tensor, step: int) -> list[float]:
+        """Mean over processes; stops before the optimiser sees what is not finite."""
+        means = self.accelerator.reduce(numbers, reduction="mean").tolist()
+        if not all(math.isfinite(value) for value in means):
+            self.diverged(f"the loss is {means[0]}", step)
+        return means
+
+    def update(self, step: int) -> float | None:
+        """Clip and step; returns the norm of the gradient before clipping (None where fp16 overflowed and skips)."""
+        found: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad)
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            self.diverged(f"the gradient norm is {norm}", step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm if math.isfinite(norm) else None
+
+    def diverged(self, what: str, step: int) -> None:
+        raise TrainingDiverged(f"{what} at step {step + 1}; last good checkpoint: {self.last_good or 'none'}")
+
+    # ---- bookkeeping
+
+    def report(self, row: dict[str, Any], measuring: bool, bar: Any) -> None:
+        measures = self.measure() if measuring else {}
+        if self.main:
+            self.log.write(row | measures)
+            rank = next((r["effective_rank"] for r in reversed(self.log.rows) if "effective_rank" in r), 0.0)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", images_per_s=f"{row['images_per_s']:.0f}", rank=f"{rank:.1f}")
+
+    def measure(self) -> dict[str, float]:
+        """Effective rank of the target encoder's features and kNN accuracy, on held-out pictures at training size.
+
+        All processes call it; the main one works and the others wait.
+        """
+        target = self.whole_target()
+        measures = self.measure_encoder(target) if self.main else {}
+        self.accelerator.wait_for_everyone()
+        return measures
+
+    def whole_target(self) -> TargetEncoder:
+        if not is_sharded(self.plain):
+            return self.plain.target_encoder
+        weights = whole_weights(self.plain.target_encoder)
+        target = build_encoders(self.config)[1]
+        if self.main:
+            target.load_state_dict(weights)
+        return target.to(self.accelerator.device)
+
+    def measure_encoder(self, target: TargetEncoder) -> dict[str, float]:
+        options = self.config.evaluate
+        if self.held_out is None:
+            size = self.config.data.image_size
+            gallery, queries = _slice(self.train_data, options.gallery), _slice(self.test_data, options.queries)
+            self.held_out = (
+                self.train_data.at_size(size, gallery), self.train_data.labels[gallery],
+                self.test_data.at_size(size, queries), self.test_data.labels[queries],
+            )  # fmt: skip
+        known, known_labels, asked, asked_labels = self.held_out
+        x, y = (encode(target, images, pool=options.pool) for images in (known, asked))
+        hits = knn_accuracy(x, known_labels, y, asked_labels, min(options.knn_k, len(x)))
+        return {"effective_rank": effective_rank(y), "knn": hits.float().mean().item()}
+
+    def save(self, step: int) -> None:
+        optimizer = self.optimizer.optimizer
+        model: Any = self.plain
+        if is_sharded(model):
+            model, optimizer = whole_weights(model), whole_optimizer(model, optimizer)
+        if self.main:
+            extra: dict[str, Any] = {"mean": list(self.train_data.mean), "std": list(self.train_data.std)}
+            if self.accelerator.scaler is not None:
+                extra["scaler"] = self.accelerator.scaler.state_dict()
+            try:
+                self.last_good = save_checkpoint(self.run_dir, step, model, optimizer, self.config, extra)
+            except OSError as error:
+                raise OSError(f"stopped at step {step}: {error}; last good checkpoint: {self.last_good}") from error
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        if self.main:
+            encoder = self.plain.context_encoder
+            metrics = {
+                **summary(self.log.rows),
+                "width": encoder.embed_dim,
+                "parameters": sum(p.numel() for p in encoder.parameters()),
+                "processes": self.accelerator.num_processes,
+                "seconds": round(seconds, 1),  # of this call: a resumed run counts from its resumption
+            }
+            (self.run_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+            self.log.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+        return metrics
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def _slice(data: ImageData, count: int) -> Tensor:
+    """A fixed random choice of at most `count` pictures, in order; the same for every seed."""
+    return torch.randperm(len(data), generator=generator_at(0, 0, "held out"))[:count].sort().values
+
+
+def _accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
+    AcceleratorState._reset_state()  # a second run in the same process may ask for another precision
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said outright, or torchrun on a CPU gives N separate runs
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=accumulate,
+        step_scheduler_with_optimizer=False,
+        fsdp_plugin=fsdp_plugin(mixed_precision),
+    )
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:
+        raise RuntimeError(f"torchrun started {asked} processes, Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def _warn_if_slow(mixed_precision: str) -> None:
+    """Say so where the CPU has no instructions for the narrow type (AVX512-BF16, AMX) and emulates it."""
+    if mixed_precision == "no":
+        return
+    narrow = _matmul_seconds(torch.bfloat16 if mixed_precision == "bf16" else torch.float16)
+    times = narrow / _matmul_seconds(torch.float32)
+    if times > 2:
+        warnings.warn(
+            f"this CPU multiplies matrices {times:.0f} times more slowly with train.mixed_precision={mixed_precision} "
+            "than without; train.mixed_precision=no is faster here",
+            stacklevel=2,
+        )
+
+
+def _matmul_seconds(dtype: torch.dtype, side: int = 192) -> float:
+    """Seconds for one product of two square matrices, the best of three."""
+    matrix = torch.ones(side, side, dtype=dtype)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

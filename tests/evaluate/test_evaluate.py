@@ -1,0 +1,287 @@
+"""Frozen encoders at many image sizes, checked on stand-ins whose features are known."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hjepa.evaluate.transfer import (
+    _narrow,
+    effective_rank,
+    encode,
+    linear_cka,
+    patch_grid,
+    pool_tokens,
+    raw_pixels,
+    resolution_transfer,
+    with_strategy,
+)
+from hjepa.nn.encoders import create_encoder
+
+
+class PatchMeans(nn.Module):
+    """A stand-in encoder: each patch's token is its mean colour, after prefix tokens that are far off."""
+
+    def __init__(self, patch_size: int = 4, num_prefix_tokens: int = 1):
+        super().__init__()
+        self.patch_size, self.num_prefix_tokens = patch_size, num_prefix_tokens
+        self.seen: list[tuple[bool, bool]] = []
+
+    def forward(self, images):
+        self.seen.append((self.training, torch.is_grad_enabled()))
+        tokens = F.avg_pool2d(images, self.patch_size).flatten(2).transpose(1, 2)
+        return torch.cat([torch.full((len(images), self.num_prefix_tokens, 3), 1e6), tokens], dim=1)
+
+
+class Colours:
+    """Stand-in pictures: two classes of plain colour with a gradient that tells each picture apart."""
+
+    def __init__(self, n: int, seed: int):
+        g = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(n) * 2 // n
+        self.base = torch.randn(n, 3, generator=g) * 0.3 + (self.labels[:, None] * 2.0 - 1) * torch.tensor([1.0, -1, 0])
+        self.asked: list[tuple] = []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def at_size(self, size, indices=None):
+        self.asked.append(size)
+        base = self.base if indices is None else self.base[indices]
+        return base[:, :, None, None].expand(-1, -1, *size) + torch.linspace(-1, 1, size[0])[:, None]
+
+
+def test_mean_pool_skips_prefix_tokens_and_equals_mean_colour():
+    images = torch.randn(5, 3, 8, 12)
+    assert torch.allclose(encode(PatchMeans(), images), images.mean(dim=(2, 3)), atol=1e-6)
+
+
+def test_pyramid_pool_equals_means_of_whole_and_quarters_on_non_square_grid():
+    tokens = torch.randn(2, 4 * 6, 3)
+    grid = tokens.view(2, 4, 6, 3)
+    whole = grid.mean(dim=(1, 2))
+    quarters = [grid[:, r : r + 2, c : c + 3].mean(dim=(1, 2)) for r in (0, 2) for c in (0, 3)]
+    expected = torch.stack([whole, *quarters], dim=1)  # [2, 5, 3]
+    got = pool_tokens(tokens, (4, 6), "pyramid")
+    assert got.shape == (2, 15)
+    assert torch.allclose(got[:, :3], whole, atol=1e-6)
+    assert torch.allclose(got[:, 3:].view(2, 3, 4).transpose(1, 2), expected[:, 1:], atol=1e-6)
+
+
+def test_features_do_not_depend_on_batch_size():
+    images = torch.randn(7, 3, 8, 8)
+    assert torch.equal(encode(PatchMeans(), images, batch_size=2), encode(PatchMeans(), images, batch_size=7))
+
+
+def test_encode_runs_in_eval_mode_without_gradient_and_restores_train_mode():
+    encoder = PatchMeans().train()
+    encode(encoder, torch.randn(2, 3, 8, 8))
+    assert encoder.seen == [(False, False)]
+    assert encoder.training
+
+
+def test_size_that_is_no_multiple_of_patch_is_refused_with_the_nearest_size():
+    with pytest.raises(ValueError, match="30x30 is not a multiple of the patch 8; nearest: 32"):
+        patch_grid(30, 8)
+    with pytest.raises(ValueError, match="nearest: 8"):
+        encode(PatchMeans(), torch.randn(1, 3, 9, 8))
+
+
+def test_transfer_refuses_bad_training_size_before_any_work():
+    data = Colours(8, 0)
+    with pytest.raises(ValueError, match="10x10"):
+        resolution_transfer({"e": PatchMeans()}, data, data, train_size=10, sizes=[8])
+    assert data.asked == []
+
+
+def test_features_that_are_not_finite_are_an_error():
+    with pytest.raises(ValueError, match="not all finite"):
+        encode(lambda images: images.flatten(1) / 0, torch.ones(2, 3, 4, 4))
+
+
+def test_raw_pixels_at_training_size_are_the_pixels_and_elsewhere_keep_the_picture():
+    smooth = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    pixels = raw_pixels((16, 16))
+    assert torch.equal(pixels(smooth[..., :16, :16]), smooth[..., :16, :16].flatten(1))
+    halves = F.avg_pool2d(smooth, 2).flatten(1)
+    assert pixels(smooth).shape == halves.shape
+    assert (pixels(smooth) - halves).abs().max() < 0.02
+
+
+def test_raw_pixels_of_a_larger_image_average_over_every_source_pixel():
+    inner = torch.zeros(1, 3, 64, 64)
+    for row in range(20, 24):
+        dot = inner.clone()
+        dot[..., row, 30] = 1
+        assert raw_pixels(16)(dot).sum() / 3 == pytest.approx(1 / 16, rel=0.05)  # one pixel of 4x4, wherever
+
+
+class _Rope:
+    strategy = "extrapolate"
+
+
+class Stretchy(PatchMeans):
+    """Its tokens are doubled by the strategy "interpolate"; "broken" fails in the middle of the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.rope = _Rope()
+
+    def forward(self, images):
+        if self.rope.strategy == "broken":
+            raise RuntimeError("broken")
+        return super().forward(images) * (2 if self.rope.strategy == "interpolate" else 1)
+
+
+def test_strategy_holds_during_the_call_only():
+    encoder, images = Stretchy(), torch.randn(3, 3, 8, 8)
+    plain = encode(encoder, images)
+    assert torch.allclose(encode(with_strategy(encoder, "interpolate"), images), 2 * plain)
+    assert encoder.rope.strategy == "extrapolate"
+    assert torch.equal(encode(encoder, images), plain)
+
+
+def test_strategy_is_restored_when_the_call_fails():
+    encoder = Stretchy()
+    with pytest.raises(RuntimeError, match="broken"):
+        with_strategy(encoder, "broken")(torch.randn(1, 3, 8, 8))
+    assert encoder.rope.strategy == "extrapolate"
+
+
+def test_strategy_view_of_an_encoder_is_read_in_eval_mode():
+    encoder = Stretchy().train()
+    encode(with_strategy(encoder, "interpolate"), torch.randn(1, 3, 8, 8))
+    assert encoder.seen == [(False, False)] and encoder.training
+
+
+def test_strategy_needs_rope():
+    with pytest.raises(ValueError, match="has none"):
+        with_strategy(PatchMeans(), "ntk")
+
+
+def _value(rows, **wanted):
+    (row,) = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return row["value"]
+
+
+@pytest.fixture(scope="module")
+def colour_rows():
+    encoders: dict[str, Any] = {"means": PatchMeans(), "pixels": raw_pixels(8), "shy": Fades()}
+    return resolution_transfer(
+        encoders, Colours(80, 0), Colours(60, 1), train_size=8, sizes=[8, (8, 16), 16], tags={"seed": 3}
+    )
+
+
+class Noisy(nn.Module):
+    """The colour, and forty quiet channels of noise whose mean moves with the size of the picture."""
+
+    patch_size, num_prefix_tokens = 2, 0
+
+    def forward(self, images):
+        noise = torch.randn(len(images), 40, generator=torch.Generator().manual_seed(int(1e3 * images.abs().sum())))
+        return torch.cat((images.mean((2, 3)), 0.01 * noise + 0.05 * (images.shape[-1] > 8)), 1)
+
+
+def test_the_reader_with_a_chosen_penalty_survives_what_spoils_the_one_with_a_fixed_penalty():
+    rows = resolution_transfer(
+        {"noisy": Noisy()}, Colours(80, 0), Colours(60, 1), train_size=8, sizes=[16], refit=False
+    )
+    chosen, fixed = (_value(rows, size=(16, 16), metric=metric) for metric in ("probe", "probe_fixed"))
+    assert chosen > 0.95 and fixed < chosen - 0.1
+    assert _value(rows, size=(8, 8), metric="probe_fixed") > 0.95
+
+
+class Fades(PatchMeans):
+    """Right at 8 px; elsewhere red shows green and green nothing: the 8 px reader is wrong, a refit right."""
+
+    def forward(self, images):
+        if images.shape[-1] != 8:
+            images = images[:, [1, 0, 2]] * torch.tensor([1.0, 0, 1])[:, None, None]
+        return super().forward(images)
+
+
+def test_transfer_of_size_independent_features_is_perfect(colour_rows):
+    for size in [(8, 8), (8, 16), (16, 16)]:
+        for metric in ("probe", "probe_refit", "knn", "retrieval"):
+            assert _value(colour_rows, encoder="means", size=size, metric=metric) > 0.98, (size, metric)
+        assert _value(colour_rows, encoder="means", size=size, metric="cka") == pytest.approx(1, abs=1e-4)
+
+
+def test_probe_shows_broken_transfer_and_refit_shows_the_features_still_hold_it(colour_rows):
+    at = {"encoder": "shy", "size": (16, 16)}
+    assert _value(colour_rows, **at, metric="probe") < 0.05
+    assert _value(colour_rows, **at, metric="knn") < 0.05
+    assert _value(colour_rows, **at, metric="probe_refit") > 0.98
+    assert _value(colour_rows, **at, metric="retrieval") < 0.1
+    assert 0.1 < _value(colour_rows, **at, metric="cka") < 0.98
+    assert _value(colour_rows, encoder="shy", size=(8, 8), metric="cka") == pytest.approx(1)
+
+
+def test_every_encoder_size_and_metric_has_one_tagged_row_with_its_interval(colour_rows):
+    keys = [(row["encoder"], row["size"], row["metric"]) for row in colour_rows]
+    assert len(set(keys)) == len(keys) == 3 * 3 * 8
+    for row in colour_rows:
+        assert row["seed"] == 3 and row["n"] == 60
+        assert row["low"] <= row["value"] <= row["high"]
+
+
+def test_pictures_are_drawn_once_per_size_for_all_encoders():
+    train, test = Colours(20, 0), Colours(20, 1)
+    encoders = {str(i): PatchMeans() for i in range(3)}
+    resolution_transfer(encoders, train, test, train_size=8, sizes=[16], knn_k=3, refit=False)
+    assert train.asked == [(8, 8)]
+    assert test.asked == [(8, 8), (16, 16)]
+
+
+def test_gallery_and_query_counts_choose_seeded_subsets():
+    train, test = Colours(50, 0), Colours(50, 1)
+    kwargs: dict[str, Any] = {
+        "train_size": 8,
+        "sizes": [8],
+        "gallery": 20,
+        "queries": 10,
+        "knn_k": 3,
+        "refit": False,
+    }
+    first, again, other = (
+        resolution_transfer({"e": PatchMeans()}, train, test, **kwargs, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert _value(first, metric="knn") == _value(first, metric="probe") == 1  # pictures kept their own labels
+    assert {row["n"] for row in first} == {10}
+    assert _value(first, metric="effective_rank") != _value(other, metric="effective_rank")
+
+
+def test_narrowed_wide_features_keep_rank_and_cka():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 50, generator=g), torch.randn(20, 30, generator=g)
+    assert _narrow(x).shape == (20, 20)
+    assert effective_rank(_narrow(x)) == pytest.approx(effective_rank(x), rel=1e-6)
+    assert linear_cka(_narrow(x), _narrow(y)) == pytest.approx(linear_cka(x, y), rel=1e-6)
+
+
+def test_feature_std_of_features_wider_than_the_pictures_are_many():
+    """The narrowing that keeps rank and CKA is a rotation, and a rotation changes the spread per channel."""
+    test = Colours(10, seed=1)
+    rows = resolution_transfer({"raw": raw_pixels(8)}, Colours(20, seed=0), test, train_size=8, sizes=[], refit=False)
+    pixels = test.at_size((8, 8)).flatten(1).double()
+    assert pixels.shape == (10, 192)
+    expected = (pixels / pixels.norm(dim=1, keepdim=True)).std(0).mean().item()
+    assert _value(rows, metric="feature_std") == pytest.approx(expected, rel=1e-6)
+
+
+def test_strategies_of_a_real_encoder_differ_only_away_from_its_training_size():
+    torch.manual_seed(0)
+    vit = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    encoder, _ = create_encoder(
+        "vit_tiny_patch16_224", 32, use_rope=True, rope_theta=100.0, use_absolute=False, vit=vit
+    )
+    views = {"plain": encoder, "stretched": with_strategy(encoder, "interpolate")}
+    for size, same in [((32, 32), True), ((64, 64), False), ((32, 64), False)]:
+        images = torch.randn(4, 3, *size)
+        x, y = (encode(view, images, pool="pyramid") for view in views.values())
+        assert x.shape == (4, 5 * 32)
+        assert torch.allclose(x, y, atol=1e-5) is same
+    assert encoder.rope.strategy == "extrapolate"

@@ -1,0 +1,281 @@
+"""Readers and measures on constructed features with known answers."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+
+from hjepa.evaluate.measures import (
+    bootstrap_interval,
+    effective_rank,
+    feature_std,
+    jackknife_interval,
+    linear_cka,
+    one_thread,
+)
+from hjepa.evaluate.readers import PENALTIES, fixed_probe, knn_accuracy, linear_probe, probe_hits, retrieval_hits
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _clusters(n: int, seed: int, spread: float = 1.0):
+    """n points around five planted centres in 8 dimensions, with their labels."""
+    g = _generator(99)
+    centres = torch.randn(5, 8, generator=g)
+    g.manual_seed(seed)
+    labels = torch.randint(5, (n,), generator=g)
+    return centres[labels] + spread * torch.randn(n, 8, generator=g), labels
+
+
+def _knn_by_loops(gallery, gallery_labels, queries, k, temperature):
+    guesses = []
+    votes: dict[int, float]
+    for query in queries.double().numpy():
+        scored = []
+        for row, label in zip(gallery.double().numpy(), gallery_labels.tolist(), strict=True):
+            cosine = (query @ row) / (np.linalg.norm(query) * np.linalg.norm(row))
+            scored.append((cosine, label))
+        votes = {}
+        for cosine, label in sorted(scored, reverse=True)[:k]:
+            votes[label] = votes.get(label, 0.0) + math.exp(cosine / temperature)
+        guesses.append(max(votes, key=votes.__getitem__))
+    return torch.tensor(guesses)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (10, 0.07), (10, 1.0), (60, 0.07)])
+def test_knn_equals_brute_force_loops(k, temperature):
+    gallery, gallery_labels = _clusters(60, 0)
+    queries, labels = _clusters(40, 1)
+    expected = _knn_by_loops(gallery, gallery_labels, queries, k, temperature) == labels
+    assert 5 < expected.sum() < 40  # the case can tell right from wrong
+    assert torch.equal(knn_accuracy(gallery, gallery_labels, queries, labels, k, temperature), expected)
+
+
+def test_knn_and_probe_find_separated_clusters_perfectly():
+    x, y = _clusters(200, 0, spread=0.05)
+    queries, labels = _clusters(100, 1, spread=0.05)
+    assert knn_accuracy(x, y, queries, labels).all()
+    assert probe_hits(linear_probe(x, y), queries, labels).all()
+
+
+def test_knn_and_probe_are_at_chance_on_random_labels():
+    g = _generator(0)
+    x, queries = torch.randn(1000, 16, generator=g), torch.randn(2000, 16, generator=g)
+    y, labels = torch.randint(4, (1000,), generator=g), torch.randint(4, (2000,), generator=g)
+    for hits in (knn_accuracy(x, y, queries, labels), probe_hits(linear_probe(x, y), queries, labels)):
+        assert abs(hits.double().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
+
+
+def test_knn_refuses_more_neighbours_than_pictures():
+    x, y = _clusters(5, 0)
+    with pytest.raises(ValueError, match=r"k=6 .* allows 1 to 5"):
+        knn_accuracy(x, y, x, y, k=6)
+
+
+def test_probe_finds_classes_that_only_their_direction_tells_apart():
+    """One weak linear direction among strong noise: neighbours miss it, the linear reader does not."""
+    g = _generator(0)
+    x, queries = torch.randn(1500, 20, generator=g), torch.randn(1000, 20, generator=g)
+    y, labels = (x[:, 0] > 0).long(), (queries[:, 0] > 0).long()
+    x[:, 1:] *= 5
+    queries[:, 1:] *= 5
+    assert probe_hits(linear_probe(x, y), queries, labels).double().mean() > 0.95
+    assert knn_accuracy(x, y, queries, labels).double().mean() < 0.75
+
+
+def test_fixed_probe_does_not_depend_on_scale_and_offset_of_channels():
+    x, y = _clusters(200, 0)
+    queries, labels = _clusters(100, 1)
+    scale, offset = torch.logspace(-2, 2, 8), torch.linspace(-5, 5, 8)
+    plain = probe_hits(fixed_probe(x, y), queries, labels)
+    moved = probe_hits(fixed_probe(x * scale + offset, y), queries * scale + offset, labels)
+    assert (plain == moved).double().mean() >= 0.99
+
+
+def test_probe_does_not_depend_on_the_length_of_a_row_nor_on_a_common_scale():
+    x, y = _clusters(200, 0)
+    queries, labels = _clusters(100, 1)
+    lengths = torch.logspace(-2, 2, 200)[:, None]
+    assert torch.equal(
+        probe_hits(linear_probe(lengths * x, y), queries, labels), probe_hits(linear_probe(x, y), 7 * queries, labels)
+    )
+
+
+def test_probe_takes_the_strongest_penalty_within_one_standard_error_of_the_best():
+    x, y = _clusters(300, 5, spread=1.5)
+    rows = (x / x.norm(dim=1, keepdim=True)).double()
+    rows = (rows - rows.mean(0)).numpy()
+    folds = list(StratifiedKFold(5).split(rows, y))
+    strengths = [1 / (penalty * rows.var(axis=0).sum()) for penalty in PENALTIES]
+    scores = np.array([
+        [LogisticRegression(C=c, max_iter=500).fit(rows[a], y[a]).score(rows[b], y[b]) for a, b in folds]
+        for c in strengths
+    ])  # fmt: skip
+    best = scores[scores.mean(1).argmax()]
+    allowed = [c for c, s in zip(strengths, scores, strict=True) if s.mean() >= best.mean() - best.std(ddof=1) / 5**0.5]
+    assert len(allowed) > 1 and scores.mean(1).argmax() > strengths.index(allowed[0])  # the rule decides here
+    assert pytest.approx(allowed[0], rel=1e-4) == linear_probe(x, y)[-1].C
+
+
+def test_a_quiet_channel_that_shifts_spoils_the_fixed_probe_and_not_the_chosen_one():
+    """Forty quiet channels that fit the fitted pictures by chance: worth nothing, and elsewhere they have moved."""
+    g = _generator(0)
+    x, y = _clusters(150, 0)
+    queries, labels = _clusters(500, 1)
+    quiet, elsewhere = (0.01 * torch.randn(n, 40, generator=g) for n in (150, 500))
+    x, queries = torch.cat((x, quiet), 1), torch.cat((queries, elsewhere + 0.05), 1)
+    chosen, fixed = (probe_hits(fit(x, y), queries, labels).double().mean() for fit in (linear_probe, fixed_probe))
+    assert chosen > 0.7 and chosen > fixed + 0.2
+
+
+@pytest.mark.parametrize("fit", [linear_probe, fixed_probe])
+def test_probe_on_wide_features_reduces_them_and_still_reads_the_class(fit):
+    g = _generator(0)
+    y, labels = torch.arange(300) % 3, torch.arange(150) % 3
+    patterns = torch.randn(3, 2000, generator=g)
+    x = patterns[y] + 3 * torch.randn(300, 2000, generator=g)
+    queries = patterns[labels] + 3 * torch.randn(150, 2000, generator=g)
+    probe = fit(x, y)
+    assert probe[-1].coef_.shape == (3, 256)
+    assert probe_hits(probe, queries, labels).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("fit", [linear_probe, fixed_probe])
+def test_probe_cut_short_leaks_no_warning(fit):
+    x, y = _clusters(200, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(x, y, max_iter=1)
+
+
+def test_probe_works_where_a_class_has_fewer_pictures_than_folds_and_refuses_a_single_class():
+    x, y = _clusters(40, 0, spread=0.05)
+    few = torch.cat([(y == label).nonzero()[: 2 + label, 0] for label in range(5)])  # two of class 0, three of 1, ..
+    assert probe_hits(linear_probe(x[few], y[few]), x, y).double().mean() > 0.9
+    with pytest.raises(ValueError, match="2 classes"):
+        linear_probe(x, torch.zeros_like(y))
+
+
+def test_number_of_threads_is_restored_also_on_errors():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise RuntimeError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_retrieval_finds_itself_and_nothing_when_rows_are_permuted():
+    x = torch.randn(50, 16, generator=_generator(0))
+    assert retrieval_hits(3 * x, x).all()
+    assert not retrieval_hits(x.roll(1, dims=0), x).any()
+    half = torch.cat([x[:20], x[20:].roll(1, dims=0)])
+    assert retrieval_hits(half, x).sum() == 20
+
+
+def test_retrieval_of_collapsed_features_is_one_in_n():
+    assert retrieval_hits(torch.ones(50, 4), torch.ones(50, 4)).sum() == 1
+
+
+def test_retrieval_refuses_another_number_of_pictures():
+    with pytest.raises(ValueError, match=r"\[4, 2\] and gallery \[5, 2\]"):
+        retrieval_hits(torch.ones(4, 2), torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_effective_rank_of_k_equal_orthogonal_directions_is_k(k):
+    basis, _ = torch.linalg.qr(torch.randn(12, 12, generator=_generator(0)).double())
+    signs = torch.cat([torch.eye(k), -torch.eye(k)]).double()  # centred, k equal directions
+    features = signs @ basis[:k] + 7.0
+    assert effective_rank(features) == pytest.approx(k, abs=1e-6)
+    assert effective_rank(100 * features) == pytest.approx(k, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40)])
+def test_effective_rank_matches_definition_by_svd(shape):
+    x = torch.randn(*shape, generator=_generator(0)).double() * torch.logspace(0, 1, shape[1])
+    s = torch.linalg.svdvals(x - x.mean(dim=0))
+    p = s[s > 1e-9] / s.sum()
+    assert effective_rank(x) == pytest.approx(float((-p * p.log()).sum().exp()), rel=1e-6)
+
+
+def test_effective_rank_of_collapsed_features_is_zero_in_spite_of_rounding_noise():
+    noise = 1e-8 * torch.randn(100, 16, generator=_generator(0)).double()
+    assert effective_rank(torch.full((100, 16), 0.3) + noise) == 0
+    assert effective_rank(torch.zeros(5, 3)) == 0
+
+
+def test_feature_std_is_zero_at_collapse_and_one_over_root_d_when_spread_evenly():
+    assert feature_std(torch.full((30, 8), 2.0)) == 0
+    spread = torch.randn(4000, 64, generator=_generator(0))
+    assert feature_std(spread) == pytest.approx(1 / 8, rel=0.02)
+    assert feature_std(1000 * spread) == pytest.approx(feature_std(spread), rel=1e-6)
+
+
+def test_cka_is_one_for_rotated_scaled_and_shifted_features():
+    g = _generator(0)
+    x = torch.randn(200, 10, generator=g)
+    rotation, _ = torch.linalg.qr(torch.randn(10, 10, generator=g))
+    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1, abs=1e-6)
+
+
+def test_cka_matches_definition_on_gram_matrices():
+    g = _generator(0)
+    x, y = torch.randn(30, 6, generator=g).double(), torch.randn(30, 9, generator=g).double()
+    y[:, :3] += x[:, :3]
+    h = torch.eye(30).double() - 1 / 30
+    k, m = h @ x @ x.T @ h, h @ y @ y.T @ h
+    assert linear_cka(x, y) == pytest.approx(float((k * m).sum() / (k.norm() * m.norm())), rel=1e-9)
+
+
+def test_cka_of_independent_features_is_small_and_of_constant_features_zero():
+    g = _generator(0)
+    x, y = torch.randn(2000, 10, generator=g), torch.randn(2000, 10, generator=g)
+    assert linear_cka(x, y) < 0.02
+    assert linear_cka(x, torch.ones(2000, 3)) == 0
+
+
+def test_cka_refuses_another_number_of_pictures():
+    with pytest.raises(ValueError, match="got 4 and 5 rows"):
+        linear_cka(torch.ones(4, 2), torch.ones(5, 2))
+
+
+def test_bootstrap_interval_covers_a_binomial_proportion_as_often_as_it_says():
+    g = _generator(0)
+    covered = []
+    for seed in range(300):
+        mean, low, high = bootstrap_interval(torch.rand(300, generator=g) < 0.7, n=400, seed=seed)
+        assert low <= mean <= high
+        covered.append(low <= 0.7 <= high)
+    assert 0.91 < np.mean(covered) < 0.99
+
+
+def test_bootstrap_interval_has_the_width_of_a_binomial_proportion():
+    hits = torch.arange(1000) < 700
+    mean, low, high = bootstrap_interval(hits)
+    assert mean == 0.7
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.7 * 0.3 / 1000), rel=0.1)
+    assert bootstrap_interval(hits) == (mean, low, high)
+
+
+def test_jackknife_interval_of_a_mean_equals_its_standard_error():
+    x = torch.randn(400, generator=_generator(0)).double()
+    value, low, high = jackknife_interval(lambda rows: float(x[rows].mean()), 400, groups=400)
+    assert value == pytest.approx(float(x.mean()))
+    assert (high - low) / 2 == pytest.approx(1.96 * float(x.std()) / 20, rel=1e-6)
+
+
+def test_jackknife_in_ten_groups_has_about_that_width_too():
+    x = torch.randn(20000, generator=_generator(0)).double()
+    widths = [jackknife_interval(lambda rows: float(x[rows].mean()), 20000, seed=s) for s in range(40)]
+    mean_width = np.mean([(high - low) / 2 for _, low, high in widths])
+    assert mean_width == pytest.approx(1.96 / math.sqrt(20000), rel=0.15)

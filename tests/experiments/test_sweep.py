@@ -1,0 +1,258 @@
+"""Sweeps: every combination once, whatever dies on the way; mistakes in the file are found before anything runs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from hjepa.cli import main
+from hjepa.evaluate.plots import sweep_figure
+from hjepa.evaluate.results import rows_from_csv, sweep_rows, sweep_summary
+from hjepa.experiments.sweep import gather, load_sweep, run_sweep
+from hjepa.files import hold, read_json
+
+PARAMETERS = """
+lr: float = 0.1
+mode = "fine"
+seed = 0
+sizes = [32]
+threads = 2
+run_dir = ""
+"""
+BODY = """
+import json, os, time
+from pathlib import Path
+with open("started.txt", "a") as log:
+    log.write(Path(run_dir).name + "\\n")
+broken = mode if not os.path.exists("repaired") else "fine"
+if broken == "raises":
+    raise ValueError("cannot go on")
+if broken == "dies":
+    os._exit(1)
+if broken == "kills its job":
+    os.kill(os.getppid(), 9)
+    time.sleep(30)
+if broken == "slow":
+    time.sleep(3)
+if broken != "forgets":
+    row = {"encoder": "e", "size": [32, 48], "metric": "knn", "value": lr / 3, "threads": os.environ["OMP_NUM_THREADS"]}
+    Path(run_dir, "metrics.json").write_text(json.dumps({"rows": [row]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("sweep"))
+
+
+def make_folder(path):
+    cells = [nbformat.v4.new_code_cell(text) for text in (PARAMETERS, BODY)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path / "tiny.ipynb")
+    return path
+
+
+def write(folder, text, name="s.yaml"):
+    text = f"notebook: {folder / 'tiny.ipynb'}\nout: {folder / 'out'}\n{text}"
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def started(folder):
+    return (folder / "started.txt").read_text().split()
+
+
+def test_lists_every_combination_once_in_the_order_of_the_file(tmp_path):
+    text = "parameters: {mode: x}\ngrid: {lr: [1, 1e-3], sizes: [[8], [16]]}\nseeds: [0, 7]"
+    _, runs = load_sweep(write(make_folder(tmp_path), text))
+    assert [(r.varied["lr"], r.varied["sizes"], r.varied["seed"]) for r in runs] == [
+        (lr, sizes, seed) for lr in (1, 0.001) for sizes in ([8], [16]) for seed in (0, 7)
+    ]
+    assert all(run.parameters == {"mode": "x", "threads": 1, **run.varied} for run in runs)
+    assert len({run.folder for run in runs}) == 8 and runs[0].folder.name.startswith("lr=1,sizes=-8-,seed=0-")
+
+
+def test_a_run_keeps_its_folder_when_the_grid_grows_or_is_reordered(tmp_path):
+    folder = make_folder(tmp_path)
+    before = {r.folder for r in load_sweep(write(folder, "grid: {lr: [0.5], mode: [a, b]}"))[1]}
+    after = {r.folder for r in load_sweep(write(folder, "grid: {lr: [2, 0.5], mode: [c, b, a]}\nmax_parallel: 7"))[1]}
+    other = {r.folder for r in load_sweep(write(folder, "grid: {lr: [0.5], mode: [a, b]}\nparameters: {seed: 1}"))[1]}
+    assert before < after and not before & other
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("grid: {larning: [1]}", "unknown parameter 'larning'"),
+        ("grid: {lrr: [1]}", "nearest: lr"),
+        ("grid: {lr: ['1e-3']}", "lr='1e-3' must be float, not str; it is text: write it without quotes"),
+        ("grid: {lr: 0.1}", "grid.lr=0.1 must be a list of one or more values"),
+        ("grid: {lr: []}", "must be a list of one or more"),
+        ("grid: {lr: [0.1, 0.1]}", "names the same run twice"),
+        ("parameters: {mode: 3}", "mode=3 must be str, not int"),
+        ("parameters: {lr: 1}\ngrid: {lr: [1]}", "parameter lr is given twice"),
+        ("grid: {seed: [1]}\nseeds: [1]", "parameter seed is given twice"),
+        ("parameters: {run_dir: x}", "parameter run_dir is set by the sweep itself"),
+        ("parameters: {1: x}", "unknown parameter 1"),
+        ("seeds: [0.5]", "seeds=[0.5] must be whole numbers"),
+        ("seeds: 3", "seeds=3 must be list, not int"),
+        ("gird: {lr: [1]}", "unknown key 'gird'; nearest: grid"),
+        ("max_parallel: 0", "max_parallel=0 must be at least 1"),
+        ("max_parallel: true", "must be int, not bool"),
+        ("executor: slrum", "executor='slrum' must be local or slurm; nearest: slurm"),
+        (f"seeds: {list(range(200))}\ngrid: {{lr: {list(range(99))}}}", "the grid has 19800 runs, more than 10000"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(folder, text, reason, capsys):
+    path = write(folder, text, "wrong.yaml")
+    assert main(["sweep", str(path)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("hjepa: error: ") and line.count("\n") == 1 and reason in line
+    assert not (folder / "started.txt").exists()
+
+
+def test_files_that_are_no_sweep_are_refused(tmp_path):
+    for text in ("", "3", "[1]", "grid: {}", "notebook: ''", "notebook: nowhere.ipynb"):
+        (tmp_path / "s.yaml").write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            load_sweep(tmp_path / "s.yaml")
+
+
+def test_slurm_where_there_is_none_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="executor: slurm does not work here"):
+        run_sweep(write(make_folder(tmp_path), "executor: slurm\nslurm: {partition: x}"), progress=False)
+
+
+def test_failing_runs_are_marked_the_others_go_on_and_only_they_run_again(tmp_path, capsys):
+    folder = make_folder(tmp_path)
+    modes = ["fine", "raises", "dies", "kills its job", "forgets"]
+    path = write(folder, f"grid: {{mode: {modes}}}\nparameters: {{lr: 1e-3}}\nmax_parallel: 3")
+    assert main(["sweep", str(path)]) == 1
+    runs = {run.varied["mode"]: run for run in load_sweep(path)[1]}
+    assert [mode for mode, run in runs.items() if run.finished] == ["fine"]
+    assert runs["raises"].error == "tiny.ipynb, cell 3: ValueError: cannot go on"
+    assert "the kernel died" in runs["dies"].error
+    assert "ended without a result" in runs["kills its job"].error
+    assert "left no metrics.json" in runs["forgets"].error
+    errors = capsys.readouterr().err
+    assert "4 failed: " in errors and all(run.folder.name in errors for m, run in runs.items() if m != "fine")
+
+    (folder / "repaired").touch()
+    assert main(["sweep", str(path)]) == 0
+    assert {mode: started(folder).count(run.folder.name) for mode, run in runs.items()} == {
+        mode: 1 if mode == "fine" else 2 for mode in modes
+    }
+    assert all(run.finished and not run.error for run in runs.values())
+    rows = rows_from_csv(folder / "out" / "table.csv")
+    assert [(row["setting"], row["size"], row["threads"]) for row in rows] == [
+        (f"mode={mode}", (32, 48), 1) for mode in modes
+    ]
+    assert rows[0]["value"] == pytest.approx(1e-3 / 3, rel=1e-5)
+    results = read_json(folder / "out" / "results.json")
+    assert [r["parameters"]["mode"] for r in results] == modes and {r["state"] for r in results} == {"finished"}
+
+
+def test_a_setting_is_named_by_what_differs_between_runs_but_the_seed():
+    """Of lists only the items that are not in all of them; rows keep the run's seed."""
+    lists = (["a=1", "b=1"], ["a=1", "b=2"], ["a=1"])
+    results = [
+        {"run": f"{data}{k}{seed}", "parameters": {"data": data, "overrides": words, "seed": seed, "quick": False},
+         "metrics": {"rows": [{"metric": "knn"}]}}
+        for data in ("x", "y") for k, words in enumerate(lists) for seed in (0, 1)
+    ]  # fmt: skip
+    found = [(row["setting"], row["seed"]) for row in sweep_rows(results)]
+    names = [f"data={data}{more}" for data in ("x", "y") for more in (", b=1", ", b=2", "")]
+    assert found == [(name, seed) for name in names for seed in (0, 1)]
+
+
+def measured(value, seed, size, home=32):
+    """Rows of one encoder at one size: a probe, and the CKA that marks the training size."""
+    same = {"encoder": "rope", "size": size, "seed": seed, "low": 0.0, "high": 1.0, "n": 10, "setting": "recipe"}
+    cka = 1.0 if size == home else 0.5
+    return [same | {"metric": m, "value": v} for m, v in (("probe", value), ("probe_fixed", value), ("knn", value),
+                                                          ("effective_rank", 3.0), ("cka", cka))]  # fmt: skip
+
+
+def test_the_summary_holds_means_over_seeds_and_names_the_training_size():
+    rows = [row for seed, value in enumerate((0.2, 0.3, 0.4)) for row in measured(value, seed, 32)]
+    text = sweep_summary(rows + [row for seed in range(3) for row in measured(0.1, seed, 64)])
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t for 2 degrees of freedom
+    assert f"0.300 [{0.3 - half:.3f}, {0.3 + half:.3f}]" in text
+    assert "Trained at 32 px, 3 seed(s)." in text and "0.100 [0.100, 0.100]" in text
+
+
+def test_the_summary_counts_gains_over_the_table_seed_by_seed():
+    """Values 0.2, 0.3, 0.4 against 0.1, 0.25, 0.1: gains of 10, 5 and 30 points."""
+    rows = [row for seed, value in enumerate((0.2, 0.3, 0.4)) for row in measured(value, seed, 32)]
+    base = [row for seed, value in enumerate((0.1, 0.25, 0.1)) for row in measured(value, seed, 32)]
+    text = sweep_summary(rows + [row | {"encoder": "absolute, resampled"} for row in base])
+    half = 4.302653 * (175 / 3) ** 0.5  # of 10, 5, 30: mean 15, variance 175
+    assert f"rope   15.0 [{15 - half:.1f}, {15 + half:.1f}]" in text.split("paired by seed")[1]
+
+
+def test_the_figure_has_a_panel_per_setting_with_means_and_intervals_over_seeds():
+    rows = [row for seed, value in enumerate((0.2, 0.4)) for size in (32, 64) for row in measured(value, seed, size)]
+    rows += [row | {"setting": "other", "value": row["value"] if row["metric"] == "cka" else 0.7} for row in rows]
+    panels = sweep_figure(rows).axes
+    assert [ax.get_title() for ax in panels] == ["recipe", "other"]
+    lines = [{line.get_label(): list(line.get_ydata()) for line in ax.lines}["rope"] for ax in panels]
+    assert lines == [pytest.approx([0.3, 0.3]), pytest.approx([0.7, 0.7])]
+    heights = [ax.collections[0].get_paths()[0].vertices[:, 1] for ax in panels]
+    half = 12.706205 * 0.1  # Student's t for 1 degree of freedom, times the standard error of 0.2 and 0.4
+    assert [(band.min(), band.max()) for band in heights] == [
+        pytest.approx((0.3 - half, 0.3 + half)), pytest.approx((0.7, 0.7))
+    ]  # fmt: skip
+
+
+def test_a_crowded_figure_leaves_the_ntk_readings_to_the_table():
+    names = ["rope, interpolated", "rope, ntk", *(f"other {n}" for n in range(7))]
+    rows = [row | {"encoder": name} for name in names for size in (32, 64) for row in measured(0.3, 0, size)]
+    drawn = {line.get_label() for line in sweep_figure(rows).axes[0].lines}
+    assert "rope, interpolated" in drawn and "rope, ntk" not in drawn
+    few = [row for row in rows if row["encoder"] in names[:8]]
+    assert "rope, ntk" in {line.get_label() for line in sweep_figure(few).axes[0].lines}
+
+
+def test_rows_without_one_training_size_are_refused():
+    with pytest.raises(ValueError, match="no training size: CKA is 1 at no size"):
+        sweep_summary(measured(0.1, 0, 64))
+
+
+def test_a_killed_sweep_loses_and_doubles_nothing(tmp_path):
+    folder = make_folder(tmp_path)
+    path = write(folder, "grid: {mode: [slow]}\nseeds: [0, 1, 2]\nmax_parallel: 2")
+    sweep = subprocess.Popen([sys.executable, "-m", "hjepa", "sweep", str(path)], stderr=subprocess.DEVNULL,
+                             stdout=subprocess.DEVNULL)  # fmt: skip
+    until = time.time() + 60
+    while not (folder / "started.txt").exists() and time.time() < until:
+        time.sleep(0.1)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.wait()
+    assert run_sweep(path, progress=False) == []
+    assert sorted(started(folder)) == sorted(run.folder.name for run in load_sweep(path)[1])
+
+
+def test_a_second_sweep_into_the_same_folder_is_refused(tmp_path):
+    path = write(make_folder(tmp_path), "seeds: [0]")
+    with hold(tmp_path / "out"), pytest.raises(ValueError, match=f"in use by another run, process {os.getpid()}"):
+        run_sweep(path, progress=False)
+
+
+def test_a_finished_run_needs_its_metrics_too(tmp_path):
+    run = load_sweep(write(make_folder(tmp_path), "seeds: [0]"))[1][0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text('{"state": "finished"}')
+    for text in ("", '{"rows": 3}', "[]", '{"rows": [{"metric": "knn"}'):
+        (run.folder / "metrics.json").write_text(text)
+        assert not run.finished
+    (run.folder / "metrics.json").write_text('{"rows": [{"metric": "knn", "value": 0.5, "seed": 9}]}')
+    assert run.finished
+    gather([run], tmp_path / "out")
+    assert rows_from_csv(tmp_path / "out" / "table.csv") == [
+        {"setting": "recipe", "seed": 9, "metric": "knn", "value": 0.5, "run": run.folder.name}
+    ]

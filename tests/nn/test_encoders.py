@@ -1,0 +1,248 @@
+"""Encoders: plain timm with RoPE off, plain checkpoints either way, right at every image size.
+
+Dropped tokens are in `test_context.py`, the moving average in `test_target.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from builders import MODES, TINY, build_encoder, noisy, pictures
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from hjepa.nn.encoders import ContextEncoder
+
+FAMILIES = {
+    "vit_tiny_patch16_224": 1,
+    "vit_small_patch16_224": 1,
+    "deit3_small_patch16_224": 1,
+    "vit_small_patch14_reg4_dinov2": 5,
+    "vit_base_patch16_siglip_224": 0,
+    "vit_base_patch16_siglip_gap_224": 0,
+    "vit_base_patch16_clip_224": 1,
+    "deit_tiny_distilled_patch16_224": 2,
+}
+
+
+# plain timm
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_without_rope_features_are_timm_s_bit_for_bit(name: str) -> None:
+    patch = 14 if "patch14" in name else 16
+    slim = {} if "tiny" in name else {"embed_dim": 192, "num_heads": 3}
+    plain = noisy(timm.create_model(name, img_size=4 * patch, num_classes=0, dynamic_img_size=True, depth=2, **slim))
+    ours = ContextEncoder(name, 4 * patch, vit={"depth": 2, **slim}).eval()
+    ours.vit.load_state_dict(plain.state_dict(), strict=True)
+    assert ours.num_prefix_tokens == FAMILIES[name]
+    for size in ((4, 4), (3, 6)):
+        images = pictures(size[0] * patch, size[1] * patch)
+        assert torch.equal(ours(images), plain.eval().forward_features(images))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_family_takes_rope_and_plain_weights_and_only_patches_feel_positions(name: str) -> None:
+    patch = 14 if "patch14" in name else 16
+    vit = {"depth": 2} if "tiny" in name else {"depth": 2, "embed_dim": 192, "num_heads": 3}
+    torch.manual_seed(0)
+    plain = noisy(ContextEncoder(name, 4 * patch, vit=vit).eval())
+    rotary = ContextEncoder(name, 4 * patch, use_rope=True, rope_theta=20.0, vit=vit).eval()
+    assert list(rotary.state_dict()) == list(plain.state_dict())
+    rotary.load_state_dict(plain.state_dict(), strict=True)
+    images = pictures(3 * patch, 5 * patch)
+    standing = rotary(images, positions=torch.zeros(15, 2))
+    torch.testing.assert_close(standing, plain(images), atol=2e-5, rtol=1e-4)
+    assert (rotary(images) - standing).abs().max() > 1e-3
+    assert rotary(images).shape == (2, FAMILIES[name] + 15, rotary.embed_dim)
+
+
+@torch.no_grad()
+def test_clip_s_norm_before_the_blocks_is_kept() -> None:
+    name, vit = "vit_base_patch16_clip_224", {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    encoder = ContextEncoder(name, 32, use_rope=True, vit=vit).eval()
+    before = encoder(pictures(32))
+    encoder.vit.norm_pre.weight.mul_(torch.linspace(0.1, 3, 48))
+    assert (encoder(pictures(32)) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("vit", [{"qk_norm": True}, {"class_token": False}, {"reg_tokens": 2}, {"init_values": 0.1}])
+@torch.no_grad()
+def test_rope_at_zero_positions_is_the_plain_encoder(vit: dict[str, Any]) -> None:
+    plain, rotary = noisy(build_encoder(use_rope=False, vit=vit)), build_encoder(vit=vit)
+    rotary.load_state_dict(plain.state_dict())
+    out = rotary(pictures(16), positions=torch.zeros(16, 2))
+    torch.testing.assert_close(out, plain(pictures(16)), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_without_a_class_token_the_tokens_are_normed() -> None:
+    tokens = build_encoder(vit={"class_token": False})(pictures())
+    assert tokens.shape == (2, 16, 16)
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens.std(-1, unbiased=False), torch.ones(2, 16), atol=1e-2, rtol=0)
+
+
+# state dicts
+
+
+def test_checkpoints_with_and_without_rope_are_one_and_the_same(tmp_path: Path) -> None:
+    plain, rotary = build_encoder(use_rope=False), build_encoder(seed=1)
+    keys = list(rotary.state_dict())
+    assert keys == list(plain.state_dict()) == [f"vit.{name}" for name in plain.vit.state_dict()]
+    assert not any("attn.attn" in key or "rope" in key for key in keys)
+    assert sum(p.numel() for p in rotary.parameters()) == sum(p.numel() for p in plain.parameters())
+    for source, receiver in ((plain, rotary), (rotary, plain)):
+        save_file(source.state_dict(), tmp_path / "encoder.safetensors")
+        receiver.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=True)
+    bare = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=0, **TINY)
+    bare.load_state_dict(rotary.vit.state_dict(), strict=True)
+    rotary.vit.load_state_dict(bare.state_dict(), strict=True)
+
+
+@torch.no_grad()
+def test_an_absolute_table_in_a_checkpoint_is_ignored_where_there_is_none() -> None:
+    absolute, rotary = noisy(build_encoder(use_rope=False)), build_encoder(use_absolute=False, seed=1)
+    state = absolute.state_dict()
+    rotary.load_state_dict(state, strict=True)
+    assert "vit.pos_embed" in state and "vit.pos_embed" not in rotary.state_dict()
+    holder = nn.ModuleDict({"encoder": rotary})
+    holder.load_state_dict({f"encoder.{name}": value for name, value in state.items()}, strict=True)
+    assert torch.equal(rotary.vit.cls_token, absolute.vit.cls_token)
+
+
+def test_learned_frequencies_are_saved_once() -> None:
+    for options, name in (({"learnable": True}, "rope.log_theta"), ({"kind": "mixed"}, "rope.mixed")):
+        extra = build_encoder(rope=options).state_dict().keys() - build_encoder().state_dict().keys()
+        assert extra == {name}
+
+
+def test_parts_that_only_a_classifier_uses_take_no_gradient() -> None:
+    encoder = ContextEncoder("vit_base_patch16_siglip_224", 16, vit={**TINY, "embed_dim": 48, "num_heads": 3})
+    encoder(pictures()).square().sum().backward()
+    idle = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == [] and any("attn_pool" in name for name in encoder.state_dict())
+
+
+# image sizes
+
+
+@pytest.mark.parametrize(("use_absolute", "use_rope"), MODES)
+@pytest.mark.parametrize("built", [16, (8, 32)])
+@torch.no_grad()
+def test_any_image_size_works_and_sizes_do_not_leak_into_one_another(
+    use_absolute: bool, use_rope: bool, built: int | tuple[int, int]
+) -> None:
+    encoder = noisy(build_encoder(built, use_rope, use_absolute=use_absolute))
+    sizes = [(16, 16), (8, 32), (32, 8), (4, 64), (20, 28), (4, 4)]
+    first = [encoder(pictures(*size)) for size in sizes]
+    for size, before in zip(sizes, first, strict=True):
+        assert before.shape == (2, 1 + size[0] * size[1] // 16, 16)
+        assert torch.equal(encoder(pictures(*size)), before)
+
+
+@torch.no_grad()
+def test_a_8x32_picture_is_no_16x16_grid() -> None:
+    """Same number of patches, other neighbours: sqrt(N) would mix them up."""
+    encoder = noisy(build_encoder((8, 32)))
+    wide = pictures(8, 32, 1)
+    patches = wide.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)  # the same 16 patches, laid out 4 x 4
+    square = patches.unflatten(2, (4, 4)).permute(0, 1, 2, 4, 3, 5).reshape(1, 3, 16, 16)
+    assert (encoder(wide) - encoder(square)).abs().max() > 1e-2
+    relative = noisy(build_encoder((8, 32), use_absolute=False))
+    at = torch.cartesian_prod(torch.arange(2.0), torch.arange(8.0))
+    torch.testing.assert_close(relative(square, positions=at), relative(wide), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (8, 24), (24, 8)])
+@torch.no_grad()
+def test_the_absolute_table_is_resampled_to_the_grid(size: tuple[int, int]) -> None:
+    encoder = noisy(build_encoder(use_rope=False))
+    grid = [size[0] // 4, size[1] // 4]
+    fixed = build_encoder(size, use_rope=False)
+    state = encoder.state_dict()
+    state["vit.pos_embed"] = resample_abs_pos_embed(state["vit.pos_embed"], grid, [4, 4], num_prefix_tokens=1)
+    fixed.load_state_dict(state)
+    torch.testing.assert_close(encoder(pictures(*size)), fixed(pictures(*size)), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rope_only_features_do_not_depend_on_where_the_picture_lies() -> None:
+    encoder = noisy(build_encoder(use_absolute=False, vit={"class_token": False}))
+    at = encoder.rope.positions((4, 4))  # type: ignore[union-attr]
+    moved = encoder(pictures(), positions=at + torch.tensor([3.0, 7.5]))
+    torch.testing.assert_close(moved, encoder(pictures()), atol=1e-5, rtol=1e-4)
+    assert (encoder(pictures(), positions=at * 1.5) - moved).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_without_any_position_the_encoder_is_a_bag_of_patches_and_with_rope_it_is_not() -> None:
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    images = pictures()
+    blocks = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)[:, :, order]
+    shuffled = blocks.unflatten(2, (4, 4)).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 16, 16)
+    for use_rope in (False, True):
+        encoder = noisy(build_encoder(use_rope=use_rope, use_absolute=False))
+        gap = (encoder(shuffled)[:, 1:] - encoder(images)[:, 1:][:, order]).abs().max()
+        assert (gap > 1e-2) if use_rope else (gap < 1e-5)
+
+
+@torch.no_grad()
+def test_strategy_is_chosen_at_test_time_and_only_matters_on_other_grids() -> None:
+    encoder = noisy(build_encoder())
+    outputs: dict[int, list[Tensor]] = {16: [], 32: []}
+    for strategy in ("extrapolate", "interpolate", "ntk", "ntk_by_parts"):
+        encoder.rope.strategy = strategy  # type: ignore[union-attr]
+        for size, seen in outputs.items():
+            seen.append(encoder(pictures(size)))
+    for one in outputs[16][1:]:
+        torch.testing.assert_close(one, outputs[16][0], atol=1e-5, rtol=1e-4)
+    for one in outputs[32][1:]:
+        assert (one - outputs[32][0]).abs().max() > 1e-3
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "vit", "message"),
+    [
+        ("vit_tiny_patch16", {}, "nearest: vit_tiny_patch16_"),
+        ("resnet18", {}, "resnet18.* cannot be built as a timm VisionTransformer"),
+        ("eva02_tiny_patch14_224", {"depth": 1}, "is a Eva, not .*; models that are rotary by themselves"),
+        ("vit_small_patch16_rope_224", {"depth": 1}, "is a Eva, not a timm VisionTransformer"),
+        ("vit_small_patch16_18x2_224", {"depth": 1}, "blocks of type ParallelThingsBlock"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_by_name(name: str, vit: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        ContextEncoder(name, 224, vit=vit)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 18}, "image size 18x18 is not a multiple of the patch 4; nearest: 20"),
+        ({"size": (16, 2)}, "image size 16x2 is not a multiple of the patch 4; nearest: 4"),
+        ({"size": 0}, "image size 0 is not understood"),
+        ({"vit": {"patch_size": (4, 8)}}, r"patch_size=\(4, 8\) must be a positive int: patches are square"),
+        ({"vit": {"patch_size": 0}}, "patch_size=0 must be a positive int"),
+        ({"vit": {"deepness": 3}}, "has no option 'deepness'"),
+        ({"vit": {"num_heads": 3}}, "cannot be built as a timm VisionTransformer: dim should be divisible"),
+        ({"vit": {"img_size": 32}}, "vit option 'img_size' is set by the encoder itself"),
+        ({"vit": {"patch_drop_rate": 0.5}}, "patch_drop_rate=0.5 would drop patches without their positions"),
+        ({"vit": {"embed_dim": 12, "num_heads": 2}}, "dim=6 is not divisible by 4"),
+        ({"vit": {"depth": 0}}, "no blocks"),
+        ({"rope_theta": float("nan")}, "theta=nan"),
+        ({"rope": {"theta_per_layer": (1.0,)}}, "1 values for 2 layers"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_by_value(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_encoder(**options)

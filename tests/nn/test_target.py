@@ -1,0 +1,104 @@
+"""The target encoder: starts as the context encoder, follows it by a moving average, takes no gradient."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from builders import TINY, build_pair, noisy, pictures
+from safetensors.torch import save_file
+from torch import nn
+
+from hjepa.nn.encoders import ContextEncoder, TargetEncoder, create_encoder
+
+# the target
+
+
+def test_target_starts_bit_equal_to_the_context_encoder() -> None:
+    for options in ({}, {"use_rope": False}, {"rope": {"kind": "mixed"}}, {"use_absolute": False}):
+        context, target = build_pair(**options)
+        assert context.state_dict().keys() == target.state_dict().keys()
+        for name, value in context.state_dict().items():
+            assert torch.equal(value, target.state_dict()[name])
+            assert value.data_ptr() != target.state_dict()[name].data_ptr()
+        assert torch.equal(context.eval()(pictures()), target(pictures()))
+
+
+def with_buffers(context: ContextEncoder, target: TargetEncoder) -> None:
+    for encoder, value in ((context, 8.0), (target, 2.0)):
+        encoder.register_buffer("mean", torch.full((3,), value))
+        encoder.register_buffer("count", torch.tensor(int(value)))
+
+
+def test_ema_matches_closed_form_over_several_steps_buffers_included() -> None:
+    context, target = build_pair(ema_start=0.6, ema_end=0.9, ema_steps=4, rope={"kind": "mixed"})
+    with_buffers(context, target)
+    noisy(context)
+    expected = {name: value.double() for name, value in target.state_dict().items()}
+    for step, momentum in enumerate((0.6, 0.675, 0.75, 0.825, 0.9, 0.9)):
+        assert target.update_from_context_encoder(context, step) == pytest.approx(momentum)
+        for name, value in context.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = momentum * expected[name] + (1 - momentum) * value.double()
+            else:
+                expected[name] = value.double()
+        noisy(context)
+    for name, value in target.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=0)
+    assert int(target.count) == 8  # type: ignore[arg-type]
+
+
+def test_momentum_rises_linearly_from_start_to_end() -> None:
+    _, target = build_pair(ema_steps=100)
+    assert [target.momentum_at(s) for s in (0, 25, 50, 100, 1000)] == pytest.approx([0.996, 0.997, 0.998, 1.0, 1.0])
+
+
+def test_momentum_zero_copies_and_one_keeps() -> None:
+    context, target = build_pair(ema_start=0.0, ema_end=1.0, ema_steps=1)
+    start = copy.deepcopy(target.state_dict())
+    noisy(context)
+    target.update_from_context_encoder(context, 1)
+    assert all(torch.equal(v, start[n]) for n, v in target.state_dict().items())
+    target.update_from_context_encoder(context, 0)
+    for name, value in target.state_dict().items():
+        torch.testing.assert_close(value, context.state_dict()[name], atol=1e-6, rtol=0)
+
+
+def test_target_gets_no_gradient_and_stays_in_eval_mode() -> None:
+    context, target = build_pair(vit={**TINY, "proj_drop_rate": 0.5, "drop_path_rate": 0.5})
+    assert not any(p.requires_grad for p in target.parameters())
+    parent = nn.ModuleList([context, target]).train()
+    assert context.training and not any(m.training for m in parent[1].modules())
+    assert torch.equal(target(pictures()), target(pictures()))
+    target.requires_grad_(True)
+    assert not target(pictures().requires_grad_()).requires_grad
+
+
+def test_an_encoder_of_another_build_cannot_feed_the_target() -> None:
+    _, target = build_pair()
+    other, _ = build_pair(rope={"learnable": True})
+    with pytest.raises(ValueError, match=r"rope\.log_theta is in one of the two only"):
+        target.update_from_context_encoder(other, 0)
+
+
+@pytest.mark.parametrize("schedule", [(1.1, 1.0, 5), (0.9, 0.8, 5), (0.9, 1.0, 0), (float("nan"), 1.0, 5)])
+def test_a_momentum_schedule_out_of_range_is_refused(schedule: tuple[float, float, int]) -> None:
+    with pytest.raises(ValueError, match=r"EMA momentum needs 0 <= start <= end <= 1"):
+        build_pair(**dict(zip(("ema_start", "ema_end", "ema_steps"), schedule, strict=True)))
+
+
+@pytest.mark.parametrize("use_rope", [False, True])
+@torch.no_grad()
+def test_pretrained_weights_are_kept_in_both_encoders(tmp_path: Path, use_rope: bool) -> None:
+    trained = noisy(timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=2, img_size=32))
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    overlay = {"file": str(tmp_path / "model.safetensors"), "num_classes": 10, "custom_load": False}
+    vit = {"depth": 2, "pretrained_cfg_overlay": overlay}
+    context, target = create_encoder("vit_tiny_patch16_224", 32, pretrained=True, use_rope=use_rope, vit=vit)
+    for encoder in (context, target):
+        for name, value in trained.state_dict().items():
+            if not name.startswith("head."):
+                assert torch.equal(encoder.vit.state_dict()[name], value)
+    if not use_rope:
+        assert torch.equal(context.eval()(pictures(32)), trained.eval().forward_features(pictures(32)))

@@ -1,0 +1,138 @@
+"""Claims of hjepa.train and hjepa.train.sharding about several processes, on a CPU with gloo."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hjepa.config import save_config
+from hjepa.hub import latest_checkpoint, load_run, read_state
+from hjepa.train import loop as train_module
+from hjepa.train.log import read_log
+from hjepa.train.loop import train
+from hjepa.train.sharding import fsdp_plugin
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(train_module.__file__).parents[2])}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ROPE = ("model.rope.use_rope=true", "model.rope.theta=100", "model.rope.jitter=1.5", "model.rope.rescale=2.0")
+
+
+def column(run: Path, name: str) -> torch.Tensor:
+    return torch.tensor([row[name] for row in read_log(run) if name in row])
+
+
+def test_torchrun_that_accelerate_does_not_see_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train_module, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(RuntimeError, match="started 2 processes, Accelerate sees 1"):
+        train_module._accelerator("no", 1)
+
+
+def test_fsdp_is_asked_for_by_accelerates_word_and_keeps_rotation_tables_in_float32(monkeypatch):
+    assert fsdp_plugin("bf16") is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    plugin = fsdp_plugin("bf16")
+    assert (plugin.fsdp_version, plugin.transformer_cls_names_to_wrap) == (2, ["Block"])
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert not policy.cast_forward_inputs
+
+
+CUT = """
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+def prepare(self, model, optimizer):  # what Accelerate's FSDP does on GPUs
+    for part in (model.context_encoder.vit, model.target_encoder.vit, model.predictor):
+        for block in part.blocks:
+            fully_shard(block)
+    fully_shard(model)
+    cut = type(optimizer)(parameter_groups(model, 0.05), fused=True)
+    return model, self.prepare_optimizer(cut)
+from hjepa.build import parameter_groups
+Accelerator.prepare = prepare
+import sys
+from hjepa.config import load_config
+from hjepa.train.loop import train
+config = load_config(f"{sys.argv[1]}/one/config.yaml")
+train(config, f"{sys.argv[1]}/cut", progress=False)
+train(config, f"{sys.argv[1]}/resumed", resume=True, progress=False)
+"""
+
+
+def torchrun(script: str, folder: Path) -> None:
+    (folder / "script.py").write_text(script)
+    launch([str(folder / "script.py"), str(folder)])
+
+
+def launch(words: list[str]) -> None:
+    done = subprocess.run([*TORCHRUN, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tiny, tmp_path):
+    """By the command line, and with a regularizer, which is a statistic of the global batch."""
+    config = tiny("train.steps=5", *ROPE, "loss.regularizer=variance", "loss.regularizer_weight=0.1")
+    train(config, tmp_path / "one", progress=False)
+    words = ["hjepa", "train", "--config", str(tmp_path / "one/config.yaml"), "--run-dir", str(tmp_path / "two")]
+    launch(["-m", *words])
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["processes"] == 2
+    for name in ("loss", "loss_level_0", "loss_level_1", "regularizer"):
+        torch.testing.assert_close(column(tmp_path / "two", name), column(tmp_path / "one", name), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_killed_worker_ends_the_job_by_name_and_leaves_a_whole_checkpoint(tiny, tmp_path):
+    """torchrun stops the other process at once, names the one that was killed, and leaves none behind."""
+    save_config(tiny("train.steps=4000", "train.checkpoint_every=5"), tmp_path / "long.yaml")
+    run = tmp_path / "run"
+    words = ["-m", "hjepa", "train", "--config", str(tmp_path / "long.yaml"), "--run-dir", str(run)]
+    job = subprocess.Popen([*TORCHRUN, *words], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    try:
+        while not latest_checkpoint(run):
+            assert job.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
+        (killed,) = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(killed), signal.SIGKILL)
+        said = job.communicate(timeout=60)[1].decode()
+    finally:
+        job.kill()
+    cause = said.split("Root Cause")[1]
+    assert job.returncode == 1 and len(workers) == 2
+    assert "rank      : 1" in cause and f"Signal 9 (SIGKILL) received by PID {killed}" in cause
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert load_run(run)[1].train.steps == 4000 and read_state(latest_checkpoint(run))["step"] >= 5
+
+
+@pytest.mark.slow
+def test_a_model_cut_over_two_processes_equals_a_whole_one(tiny, tmp_path):
+    """FSDP: same losses, measures and checkpoints; a cut run goes on from a whole one's checkpoint, and back."""
+    config = tiny("train.steps=6", "train.checkpoint_every=3", *ROPE)
+    train(config, tmp_path / "one", progress=False)
+    for name in ("resumed", "back"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints/step_00000006")
+    torchrun(CUT, tmp_path)
+    shutil.copytree(tmp_path / "cut/checkpoints", tmp_path / "back/checkpoints", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "back/checkpoints/step_00000006")
+    train(config, tmp_path / "back", resume=True, progress=False)
+    expected = read_log(tmp_path / "one")
+    for name in ("cut", "resumed", "back"):
+        torch.testing.assert_close(column(tmp_path / name, "loss"), column(tmp_path / "one", "loss"), atol=1e-5, rtol=0)
+        for row, other in zip(expected, read_log(tmp_path / name), strict=True):
+            assert other.get("effective_rank", 0) == pytest.approx(row.get("effective_rank", 0), rel=1e-3)
+        for key, tensor in load_file(latest_checkpoint(tmp_path / "one") / "model.safetensors").items():
+            found = load_file(latest_checkpoint(tmp_path / name) / "model.safetensors")[key]
+            torch.testing.assert_close(found, tensor, atol=1e-4, rtol=0)

@@ -1,0 +1,368 @@
+"""Claims of hjepa.train, hjepa.build and hjepa.train.log."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hjepa.build import build_encoders, build_model, draw_masks, load_split, parameter_groups
+from hjepa.config import save_config
+from hjepa.data.images import TrainView
+from hjepa.evaluate.transfer import effective_rank, encode, knn_accuracy
+from hjepa.hub import CheckpointError, latest_checkpoint, load_run
+from hjepa.nn.encoders import TargetEncoder
+from hjepa.nn.hjepa import HJEPA
+from hjepa.train import checkpoint as storage
+from hjepa.train import loop as train_module
+from hjepa.train.log import read_log
+from hjepa.train.loop import TrainingDiverged, train
+from hjepa.train.schedule import size_at
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(train_module.__file__).parents[2])}
+ROPE = ("model.rope.use_rope=true", "model.rope.theta=100", "model.rope.jitter=1.5", "model.rope.rescale=2.0")
+
+
+def weights(run: Path) -> bytes:
+    return (latest_checkpoint(run) / "model.safetensors").read_bytes()
+
+
+def losses(run: Path) -> torch.Tensor:
+    return torch.tensor([row["loss"] for row in read_log(run) if "loss" in row])
+
+
+def untimed(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in read_log(run)]
+
+
+def frozen_batch(config):
+    """Model, images and masks of step 0."""
+    data = load_split(config, "train")
+    view = TrainView(data, config.data.image_size, flip=False)
+    images = torch.stack([view[index, index] for index in range(config.train.batch_size)])
+    model = build_model(config)
+    return model, images, draw_masks(config, model.context_encoder.grid_size, 0)
+
+
+# ---- one step
+
+
+def test_overfits_one_batch(tiny):
+    model, images, masks = frozen_batch(tiny("train.batch_size=4", "model.level_weights=[1.0]", *ROPE[:2]))
+    optimizer = torch.optim.AdamW(parameter_groups(model.train(), 0.0), lr=1e-2)
+    first = model(images, masks).loss.item()
+    for _ in range(120):
+        loss = model(images, masks).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first / 10
+
+
+def test_target_gets_no_gradient_and_everything_else_does(tiny):
+    model, images, masks = frozen_batch(tiny("model.class_token=true", *ROPE[:2], "model.rope.learnable=true"))
+    model.train()(images, masks).loss.backward()
+    assert all(p.grad is None for p in model.target_encoder.parameters())
+    trained = [*model.context_encoder.named_parameters(), *model.predictor.named_parameters()]
+    assert [name for name, p in trained if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_ema_runs_once_per_optimiser_step_and_after_it(tiny, tmp_path, monkeypatch):
+    """The final target is the closed form over the context weights as each optimiser step left them."""
+    config = tiny("train.steps=4", "train.accumulate=2", "train.ema_start=0.5", "train.ema_end=0.9")
+    name, after_step, calls = "vit.blocks.0.mlp.fc1.weight", [], []
+    built = {}
+
+    def remember(config):
+        built["model"] = build_model(config)
+        return built["model"]
+
+    def update(self, context_encoder, current_step):
+        calls.append(current_step)
+        return original(self, context_encoder, current_step)
+
+    original = TargetEncoder.update_from_context_encoder
+    monkeypatch.setattr(train_module, "build_model", remember)
+    monkeypatch.setattr(TargetEncoder, "update_from_context_encoder", update)
+    hook = register_optimizer_step_post_hook(
+        lambda *_: after_step.append(built["model"].context_encoder.get_parameter(name).detach().clone())
+    )
+    train(config, tmp_path / "run", progress=False)
+    hook.remove()
+    expected = build_model(config).target_encoder.get_parameter(name).double()
+    for step, context in enumerate(after_step):
+        momentum = 0.5 + 0.4 * step / 4
+        expected = momentum * expected + (1 - momentum) * context.double()
+    assert calls == [0, 1, 2, 3]
+    torch.testing.assert_close(built["model"].target_encoder.get_parameter(name).double(), expected, atol=1e-7, rtol=0)
+
+
+def test_only_matrices_decay(tiny):
+    """With no gradient, AdamW multiplies what decays by 1 - lr * weight_decay and leaves the rest as it is."""
+    model = build_model(tiny("model.class_token=true", *ROPE[:2], "model.rope.learnable=true"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.step()
+    decayed = set()
+    for name, p in model.named_parameters():
+        if torch.equal(p, before[name]):
+            continue
+        torch.testing.assert_close(p, before[name] * 0.95)
+        decayed.add(name)
+    ends = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight", "embed.weight", "head.weight")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert decayed == {name for name in trained if name.endswith(ends)}
+    tables = ("cls_token", "pos_embed", "level_token", "log_theta")
+    assert all(any(name.endswith(table) for name in trained) for table in tables)
+
+
+# ---- the loop
+
+
+def test_step_zero_of_the_log_is_the_untrained_target(tiny, tmp_path):
+    config = tiny("train.steps=2")
+    metrics = train(config, tmp_path / "run", progress=False)
+    target, known, asked = build_encoders(config)[1], load_split(config, "train"), load_split(config, "test")
+    x, y = encode(target, known.at_size(32)), encode(target, asked.at_size(32))
+    row = read_log(tmp_path / "run")[0]
+    hits = knn_accuracy(x, known.labels, y, asked.labels, 3)
+    assert row == {"step": 0, "effective_rank": pytest.approx(effective_rank(y)), "knn": hits.float().mean().item()}
+    assert metrics["knn_random"] == row["knn"] and metrics == json.loads((tmp_path / "run/metrics.json").read_text())
+
+
+def test_log_and_csv_hold_the_same_numbers(tiny, tmp_path):
+    train(tiny("train.log_every=4"), tmp_path / "run", progress=False)
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 4, 6, 8, 12]
+    assert [row["step"] for row in rows if "knn" in row] == [0, 6, 12]
+    header, *lines = (tmp_path / "run/log.csv").read_text().splitlines()
+    for row, line in zip(rows, lines, strict=True):
+        values = dict(zip(header.split(","), line.split(","), strict=True))
+        assert {name: float(text) for name, text in values.items() if text} == row
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_its_levels(tiny, tmp_path):
+    train(tiny("loss.regularizer=variance", "loss.regularizer_weight=0.3"), tmp_path / "run", progress=False)
+    for row in read_log(tmp_path / "run")[1:]:
+        assert row["regularizer"] > 0
+        total = row["loss_level_0"] + 0.5 * row["loss_level_1"] + 0.3 * row["regularizer"]
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_accumulating_two_halves_equals_one_batch(tiny, tmp_path):
+    for parts in (1, 2):
+        train(tiny(f"train.accumulate={parts}", *ROPE), tmp_path / str(parts), progress=False)
+    torch.testing.assert_close(losses(tmp_path / "1"), losses(tmp_path / "2"), atol=1e-5, rtol=0)
+    one, two = (load_run(tmp_path / part)[0].state_dict() for part in ("1", "2"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
+
+
+def test_loader_processes_change_nothing(tiny, tmp_path):
+    for workers in (0, 2):
+        train(tiny(f"train.num_workers={workers}", "train.steps=6"), tmp_path / str(workers), progress=False)
+    assert weights(tmp_path / "0") == weights(tmp_path / "2")
+
+
+def test_every_step_trains_at_the_side_drawn_for_it(tiny, tmp_path, monkeypatch):
+    seen, forward = [], HJEPA.forward
+    monkeypatch.setattr(HJEPA, "forward", lambda self, images, masks: (
+        seen.append(images.shape[-1]), forward(self, images, masks))[1])  # fmt: skip
+    train(tiny("data.train_scales=[1.0, 1.45, 2.0]", *ROPE), tmp_path, progress=False)
+    assert seen == [size_at(step, sizes=[32, 48, 64], seed=0) for step in range(12)]
+    assert len(set(seen)) == 3
+
+
+def test_a_training_side_too_small_for_the_masks_is_an_error_before_the_first_step(tiny, tmp_path):
+    with pytest.raises(ValueError, match="1x1"):
+        train(tiny("data.train_scales=[1.0, 0.1]"), tmp_path, progress=False)
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_another_seed_is_another_run(tiny, tmp_path):
+    for seed in (0, 1):
+        train(tiny(f"train.seed={seed}", "train.steps=2"), tmp_path / str(seed), progress=False)
+    assert not torch.equal(losses(tmp_path / "0"), losses(tmp_path / "1"))
+
+
+# ---- stopping and going on
+
+CHILD = """
+import sys, time
+from hjepa.config import load_config
+from hjepa.train.log import RunLog
+from hjepa.train.loop import train
+write = RunLog.write
+def slow(self, row):
+    write(self, row)
+    time.sleep(600 if row["step"] == 8 else 0)
+RunLog.write = slow
+train(load_config(sys.argv[1]), sys.argv[2], progress=False)
+"""
+
+
+def test_resume_after_sigkill_is_bitwise_equal(tiny, tmp_path):
+    """Killed at step 8 of 12, in the middle of an epoch and after the checkpoint of step 5."""
+    config = tiny(
+        *ROPE, "loss.regularizer=sketched_gaussian", "loss.regularizer_weight=0.1", "data.train_scales=[1.0, 1.5]"
+    )
+    save_config(config, tmp_path / "config.yaml")
+    train(config, tmp_path / "whole", progress=False)
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "config.yaml"), str(tmp_path / "killed")]
+    child = subprocess.Popen(command, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not (rows := read_log(tmp_path / "killed")) or rows[-1]["step"] < 8:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert latest_checkpoint(tmp_path / "killed").name == "step_00000005"
+    train(config, tmp_path / "killed", resume=True, progress=False)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):
+    config = tiny("train.steps=5")
+    first = train(config, tmp_path, progress=False)
+    before = weights(tmp_path), untimed(tmp_path)
+    again = train(config, tmp_path, resume=True, progress=False)
+    assert (weights(tmp_path), untimed(tmp_path)) == before
+    assert first | {"seconds": 0} == again | {"seconds": 0}
+
+
+def test_a_run_is_not_overwritten_and_not_continued_with_other_settings(tiny, tmp_path):
+    train(tiny("train.steps=5"), tmp_path, progress=False)
+    before = weights(tmp_path)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(tiny("train.steps=5"), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"started with train.lr=0.001, not 0.5"):
+        train(tiny("train.steps=5", "train.lr=0.5"), tmp_path, resume=True, progress=False)
+    train(tiny("train.steps=5", "train.num_workers=1", "train.accumulate=2"), tmp_path, resume=True, progress=False)
+    assert weights(tmp_path) == before
+
+
+def test_under_a_regularizer_the_parts_of_a_batch_are_no_free_setting(tiny, tmp_path):
+    """It is a statistic of the micro-batch: another number of parts is another objective."""
+    spread = ("train.steps=2", "loss.regularizer=variance", "loss.regularizer_weight=0.1")
+    train(tiny(*spread), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"started with train.accumulate=1, not 2"):
+        train(tiny(*spread, "train.accumulate=2"), tmp_path, resume=True, progress=False)
+
+
+def test_resume_falls_back_to_the_last_whole_checkpoint_and_keeps_the_damaged_one(tiny, tmp_path):
+    config = tiny()
+    train(config, tmp_path, progress=False)
+    expected = weights(tmp_path)
+    newest = latest_checkpoint(tmp_path)
+    damaged = newest / "model.safetensors"
+    damaged.write_bytes(expected[: len(expected) // 2])
+    with pytest.warns(UserWarning, match=r"going back to step_00000010: .*model.safetensors does not match"):
+        train(config, tmp_path, resume=True, progress=False)
+    assert weights(tmp_path) == expected
+    kept = tmp_path / "checkpoints" / f"damaged_{newest.name}" / "model.safetensors"
+    assert kept.read_bytes() == expected[: len(expected) // 2]
+
+
+def test_resume_never_starts_over_when_all_checkpoints_are_damaged(tiny, tmp_path):
+    config = tiny("train.steps=5")
+    train(config, tmp_path, progress=False)
+    log, state = (tmp_path / "log.jsonl").read_text(), latest_checkpoint(tmp_path) / "state.json"
+    state.write_text(state.read_text().replace('"step": 5', '"step": 4'))
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint: .*state.json does not match"):
+        train(config, tmp_path, resume=True, progress=False)
+    assert (tmp_path / "log.jsonl").read_text() == log
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_divergence_stops_with_the_step_and_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, poison):
+    clean, calls = HJEPA.forward, []
+
+    def forward(self, images, masks):
+        out = clean(self, images, masks)
+        calls.append(None)
+        if len(calls) == 10:  # a checkpoint is due at this step; it must not be written
+            zero = 0 * self.predictor.level_token.sum()
+            out.loss = out.loss * float("inf") if poison == "loss" else out.loss + zero.sqrt()
+        return out
+
+    monkeypatch.setattr(HJEPA, "forward", forward)
+    with pytest.raises(TrainingDiverged, match=rf"{poison}.* at step 10; .*step_00000005"):
+        train(tiny(), tmp_path, progress=False)
+    assert latest_checkpoint(tmp_path).name == "step_00000005"
+    assert all(t.isfinite().all() for t in load_run(tmp_path)[0].state_dict().values())
+
+
+def test_a_full_disk_stops_training_and_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    clean, calls = storage.write_file, []
+
+    def full(path, writer):
+        calls.append(path)
+        if len(calls) > 3:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        clean(path, writer)
+
+    monkeypatch.setattr(storage, "write_file", full)
+    with pytest.raises(OSError, match=r"stopped at step 10: .*No space left on device; last good .*step_00000005$"):
+        train(tiny(), tmp_path, progress=False)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
+    train(tiny(), tmp_path, resume=True, progress=False)
+    assert read_log(tmp_path)[-1]["step"] == 12
+
+
+# ---- the log
+
+
+@pytest.mark.parametrize(("narrow", "warns"), [(5.0, True), (1.5, False)])
+def test_a_precision_that_this_cpu_emulates_is_said(monkeypatch, recwarn, narrow, warns):
+    seconds = {torch.float32: 1.0, torch.bfloat16: narrow}
+    monkeypatch.setattr(train_module, "_matmul_seconds", seconds.__getitem__)
+    train_module._warn_if_slow("bf16")
+    train_module._warn_if_slow("no")
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == warns
+    assert all("5 times more slowly with train.mixed_precision=bf16" in text for text in said)
+
+
+def test_a_training_warns_of_the_precision_it_was_asked_for(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "_matmul_seconds", {torch.float32: 1.0, torch.bfloat16: 9.0}.__getitem__)
+    with pytest.warns(UserWarning, match="9 times more slowly with train.mixed_precision=bf16"):
+        train(tiny("train.mixed_precision=bf16", "train.steps=1"), tmp_path / "run", progress=False)
+
+
+def test_tensorboard_holds_the_logged_losses(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny("train.steps=3", "train.tensorboard=true"), tmp_path, progress=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    assert logged == pytest.approx({row["step"]: row["loss"] for row in read_log(tmp_path)[1:]})
+
+
+def test_tensorboard_missing_is_said_before_training(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"train.tensorboard=true needs the tensorboard package"):
+        train(tiny("train.tensorboard=true"), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("line", ["not json", '{"loss": 1.0}', "[1]", '{"step": "one"}'])
+def test_a_line_that_is_no_row_of_a_log_is_named(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl, line 2 is not a row of a training log"):
+        read_log(tmp_path)
+
+
+def test_a_log_line_cut_by_a_crash_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_log(tmp_path) == [{"step": 1}, {"step": 2}]
