@@ -91,10 +91,13 @@ def find_images(path: str | Path, split: str) -> tuple[list[Path], list[int], li
     return [files[i] for i in kept], [labels[i] for i in kept], classes
 
 
-def is_test(keys: Sequence[str], labels: Sequence[int]) -> list[bool]:
-    """A fixed split: in each class the TEST_FRACTION of keys with the smallest hash. Equal keys share it.
+def is_test(
+    keys: Sequence[str], labels: Sequence[int], fraction: float = TEST_FRACTION, least: int = 0
+) -> list[bool]:
+    """A fixed split: in each class the fraction of keys with the smallest hash. Equal keys share it.
 
-    A picture's side depends on its own class only, so it stays when other classes are added or removed.
+    A picture's side depends on its own class only, so it stays when other classes are added or removed. At least
+    `least` keys of a class are taken, but never its last one for that.
     """
 
     def rank(key: str) -> bytes:
@@ -104,7 +107,7 @@ def is_test(keys: Sequence[str], labels: Sequence[int]) -> list[bool]:
     for key, label in zip(keys, labels, strict=True):
         members.setdefault(label, set()).add(key)
     test = {
-        label: set(sorted(found, key=rank)[: round(TEST_FRACTION * len(found))])
+        label: set(sorted(found, key=rank)[: max(round(fraction * len(found)), min(least, len(found) - 1))])
         for label, found in members.items()
     }
     return [key in test[label] for key, label in zip(keys, labels, strict=True)]

@@ -7,7 +7,9 @@ Every picture is resized once, with antialiasing, from the largest detail that t
 pictures are drawn at the size asked for. Drawings and garments on a plain background are shown whole, with
 the background filling the rest of a wide image; photographs fill the image and lose their edges.
 
-Which pictures are for testing never depends on a seed, so no run can train on the test pictures of another.
+Which pictures are for testing never depends on a seed, so no run can train on the test pictures of another. Choices
+(recipe, penalty, baseline) are made on "validation", which is cut from the training pictures of every data set and is
+never in "train"; "test" is for what is reported. Imagenette's test pictures are cut into halves, "test" and "test-b".
 All randomness of training (crop, flip, colour) comes from the seed given with each index: a sample is the
 same in whatever process or order it is drawn.
 
@@ -26,8 +28,12 @@ from torch.utils.data import Dataset
 
 from ..inputs import nearest, size_pair
 from . import sources
+from .folder import is_test
 from .sources import Listing, Request
 
+SPLITS = ("train", "validation", "test")
+FINAL = {"imagenette": "test-b"}  # a split that only the last reading of finished models asks for
+VALIDATION_FRACTION = 0.1  # of the training pictures of each class
 Size = int | Sequence[int]
 RGB = tuple[float, float, float]
 
@@ -208,7 +214,8 @@ def load_data(
     seed: int = 0,
     on_corrupt: str = "error",
 ) -> ImageData:
-    """One split of a registered data set.
+    """One split of a registered data set: "train", "validation" (a fixed tenth of each class of the training
+    pictures) or "test"; of imagenette also "test-b".
 
     root: folder for downloads; path: the folder of "imagefolder". image_size: the largest size in pixels that
     training will ask for; source() has twice that detail where the data set has it. limit: at most so many
@@ -218,9 +225,13 @@ def load_data(
     """
     _check(name, split, image_size, limit, on_corrupt)
     spec = DATASETS[name]
-    request = Request(split, Path(root).expanduser(), path, image_size, on_corrupt == "skip")
+    stored = "train" if split == "validation" else split
+    request = Request(stored, Path(root).expanduser(), path, image_size, on_corrupt == "skip")
     listing = spec.read(request)
-    chosen = _limited(listing.labels, limit, seed)
+    members = _members(listing, split)
+    if not members:
+        raise ValueError(f"data set {name!r} has no {split} pictures; give some class at least two training pictures")
+    chosen = [members[i] for i in _limited([listing.labels[i] for i in members], limit, seed)]
     pictures, bad = listing.open(chosen)
     left_out = set(bad)
     good = [index for position, index in enumerate(chosen) if position not in left_out]
@@ -243,13 +254,23 @@ def _check(name: str, split: str, image_size: int, limit: int | None, on_corrupt
     if name not in DATASETS:
         near = nearest(name, DATASETS) or "none"
         raise ValueError(f"data set {name!r} is not known; choose one of {', '.join(DATASETS)}; nearest: {near}")
-    if split not in ("train", "test"):
-        raise ValueError(f"split {split!r} is not known; choose train or test")
+    splits = (*SPLITS, FINAL[name]) if name in FINAL else SPLITS
+    if split not in splits:
+        near = nearest(str(split), splits) or "none"
+        raise ValueError(f"split {split!r} of {name} is not known; choose one of {', '.join(splits)}; nearest: {near}")
     if on_corrupt not in ("error", "skip"):
         raise ValueError(f"on_corrupt {on_corrupt!r} is not known; choose error or skip")
     size_pair(image_size, text=False)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit {limit!r} must be a positive number of pictures, or null for all")
+
+
+def _members(listing: Listing, split: str) -> list[int]:
+    """Places in a listing that belong to the split: training pictures without or only the validation pictures."""
+    if split not in ("train", "validation"):
+        return list(range(len(listing.ids)))
+    cut = is_test(listing.groups or listing.ids, listing.labels, VALIDATION_FRACTION, least=1)
+    return [i for i, in_validation in enumerate(cut) if in_validation == (split == "validation")]
 
 
 def _limited(labels: list[int], limit: int | None, seed: int) -> list[int]:

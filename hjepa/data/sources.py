@@ -42,7 +42,7 @@ IMAGENETTE_COUNTS = {"train": 9469, "test": 3925}
 class Request:
     """What load_data was asked for."""
 
-    split: str
+    split: str  # train (validation pictures still among them), test, or test-b
     root: Path
     path: str | Path | None
     image_size: int
@@ -51,12 +51,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Listing:
-    """One split before its pixels are loaded. open(indices) -> (pictures, positions in indices left out)."""
+    """One split before its pixels are loaded. open(indices) -> (pictures, positions in indices left out).
+
+    groups: pictures of equal group stay in one split; None: each picture for itself.
+    """
 
     ids: list[str]
     labels: list[int]
     classes: list[str]
     open: Callable[[list[int]], tuple[Any, list[int]]]
+    groups: list[str] | None = None
 
 
 def fit(images: Tensor, height: int, width: int, *, fill: int | None) -> Tensor:
@@ -152,7 +156,8 @@ def read_openmoji(request: Request) -> Listing:
     def open_(indices: list[int]) -> tuple[DrawnPictures, list[int]]:
         return DrawnPictures([places[i] for i in indices], 2 * request.image_size), []
 
-    return Listing([emoji[i].id for i in places], [labels[i] for i in places], classes, open_)
+    ids, groups = [emoji[i].id for i in places], [emoji[i].group for i in places]
+    return Listing(ids, [labels[i] for i in places], classes, open_, groups)
 
 
 def read_fashion_mnist(request: Request) -> Listing:
@@ -228,11 +233,16 @@ def read_imagenette(request: Request) -> Listing:
             from torchvision.datasets import Imagenette
 
             Imagenette(str(request.root), size=f"{size}px" if size else "full", download=True)
-    files, labels, _ = find_images(folder, request.split)
-    expected = IMAGENETTE_COUNTS[request.split]
+    stored = "train" if request.split == "train" else "test"
+    files, labels, _ = find_images(folder, stored)
+    expected = IMAGENETTE_COUNTS[stored]
     if len(files) != expected:
-        state = f"folder {folder} has {len(files)} {request.split} images, not {expected}"
+        state = f"folder {folder} has {len(files)} {stored} images, not {expected}"
         raise ValueError(f"{state}; delete it to fetch it again")
+    if stored == "test":  # halves of its own test pictures: choices may look at the first, the second is read once
+        second = is_test([file.name for file in files], labels, fraction=0.5)
+        kept = [i for i, in_second in enumerate(second) if in_second == (request.split == "test-b")]
+        files, labels = [files[i] for i in kept], [labels[i] for i in kept]
     return _file_listing(request, folder, files, labels, IMAGENETTE)
 
 

@@ -85,7 +85,7 @@ class _Run:
             )
             for micro in range(options.accumulate)
         ]
-        self.train_data, self.test_data = (load_split(config, split) for split in ("train", "test"))
+        self.train_data, self.validation_data = (load_split(config, split) for split in ("train", "validation"))
         self.held_out: tuple[Tensor, ...] | None = None
         self.last_good = latest_checkpoint(run_dir) if resume else None
         self.start = self._build()
@@ -228,7 +228,7 @@ class _Run:
             bar.set_postfix(loss=f"{row['loss']:.3f}", images_per_s=f"{row['images_per_s']:.0f}", rank=f"{rank:.1f}")
 
     def measure(self) -> dict[str, float]:
-        """Effective rank of the target encoder's features and kNN accuracy, on held-out pictures at training size.
+        """Effective rank of the target encoder's features and kNN accuracy, on validation pictures at training size.
 
         All processes call it; the main one works and the others wait.
         """
@@ -250,10 +250,10 @@ class _Run:
         options = self.config.evaluate
         if self.held_out is None:
             size = self.config.data.image_size
-            gallery, queries = _slice(self.train_data, options.gallery), _slice(self.test_data, options.queries)
+            gallery, queries = _slice(self.train_data, options.gallery), _slice(self.validation_data, options.queries)
             self.held_out = (
                 self.train_data.at_size(size, gallery), self.train_data.labels[gallery],
-                self.test_data.at_size(size, queries), self.test_data.labels[queries],
+                self.validation_data.at_size(size, queries), self.validation_data.labels[queries],
             )  # fmt: skip
         known, known_labels, asked, asked_labels = self.held_out
         x, y = (encode(target, images, pool=options.pool) for images in (known, asked))

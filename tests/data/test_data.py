@@ -1,5 +1,6 @@
 """Data sets by name: splits, sizes, normalisation, training views, and clear errors."""
 
+import hashlib
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from hjepa.data import openmoji, sources
-from hjepa.data.images import DATASETS, ImageData, TrainView, load_data
+from hjepa.data.images import DATASETS, SPLITS, ImageData, TrainView, load_data
 from hjepa.data.sources import ArrayPictures, fit
 
 debian = pytest.mark.skipif(not sources.DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
@@ -34,13 +35,15 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def test_openmoji_splits_share_no_picture_and_no_look():
-    train, test = load_data("openmoji"), load_data("openmoji", "test")
-    assert len(train) == 1421 and len(test) == 477
-    assert len({*train.ids, *test.ids}) == 1898
+    train, validation, test = (load_data("openmoji", split) for split in SPLITS)
+    assert len(train) + len(validation) == 1421 and len(test) == 477
+    assert len({*train.ids, *validation.ids, *test.ids}) == 1898
     group = {item.id: item.group for item in openmoji.catalogue()}
-    assert not {group[id_] for id_ in train.ids} & {group[id_] for id_ in test.ids}
-    share = torch.bincount(test.labels) / (torch.bincount(test.labels) + torch.bincount(train.labels))
-    assert (share - 0.25).abs().max() < 0.02
+    looks = [{group[id_] for id_ in data.ids} for data in (train, validation, test)]
+    assert not looks[0] & looks[1] and not looks[0] & looks[2] and not looks[1] & looks[2]
+    known, chosen, asked = (torch.bincount(data.labels) for data in (train, validation, test))
+    assert (asked / (known + chosen + asked) - 0.25).abs().max() < 0.02
+    assert (chosen / (known + chosen) - 0.1).abs().max() < 0.02
 
 
 def test_openmoji_labels_are_the_categories_of_the_ids():
@@ -56,17 +59,50 @@ def test_split_never_depends_on_the_seed_and_stays_as_published():
     assert load_data("openmoji", "test").ids[:5] == FIRST_TEST_IDS  # numbers in the notebooks rest on this
 
 
+def test_validation_is_the_tenth_of_each_class_with_the_smallest_hashes_and_leaves_training():
+    """Brute force, over the training ids of one class of nine drawings that share no look with another."""
+    train, validation = (load_data("openmoji", split) for split in ("train", "validation"))
+    group = {item.id: item.group for item in openmoji.catalogue()}
+    for label in range(9):
+        known, chosen = (
+            {group[id_] for id_, y in zip(data.ids, data.labels, strict=True) if y == label} for data in (train, validation)
+        )
+        ranked = sorted(known | chosen, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+        assert chosen == set(ranked[: round(len(ranked) / 10)])
+
+
+def test_classes_of_few_pictures_keep_one_to_train_on_and_a_limit_never_reaches_validation(tmp_path):
+    for name, count in (("one", 1), ("two", 2), ("many", 30)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "train" / name / f"{i}.png")
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / name / "0.png")
+    train, validation = (load_data("imagefolder", split, path=tmp_path) for split in ("train", "validation"))
+    assert train.classes == ["many", "one", "two"]
+    assert torch.bincount(train.labels, minlength=3).tolist() == [27, 1, 1]
+    assert torch.bincount(validation.labels, minlength=3).tolist() == [3, 0, 1]
+    assert not set(train.ids) & set(validation.ids)
+    assert not set(load_data("imagefolder", path=tmp_path, limit=29).ids) & set(validation.ids)
+    for folder in (tmp_path / "train").iterdir():
+        for file in sorted(folder.iterdir())[1:]:
+            file.unlink()
+    with pytest.raises(ValueError, match="no validation pictures; give some class at least two"):
+        load_data("imagefolder", "validation", path=tmp_path)
+
+
 FIRST_TEST_IDS = ["0033-FE0F-20E3", "0039-FE0F-20E3", "1F17E-FE0F", "1F191", "1F193"]
 
 
 @pytest.mark.parametrize("name", ["openmoji", pytest.param("fashion_mnist", marks=debian)])
 def test_normalisation_constants_are_those_of_the_training_pixels(name, tmp_path):
-    data = load_data(name, root=tmp_path)
     side = 64 if name == "openmoji" else 28  # the size of the default recipe, the stored size
     counts = torch.zeros(3, 256, dtype=torch.float64)  # how often each value occurs, per channel
-    for some in torch.arange(len(data)).split(5000):
-        pixels = data.pictures.resized(some.tolist(), side, side)
-        counts += torch.stack([pixels[:, channel].flatten().bincount(minlength=256) for channel in range(3)])
+    for split in ("train", "validation"):
+        data = load_data(name, split, root=tmp_path)
+        for some in torch.arange(len(data)).split(5000):
+            pixels = data.pictures.resized(some.tolist(), side, side)
+            counts += torch.stack([pixels[:, channel].flatten().bincount(minlength=256) for channel in range(3)])
     share, value = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
     mean = share @ value.double()
     std = (share @ value.double() ** 2 - mean**2).sqrt()
@@ -79,7 +115,7 @@ def test_limit_takes_classes_in_turn_and_grows_by_inclusion():
     assert torch.bincount(small.labels).tolist() == [10] * 9
     assert set(small.ids) < set(large.ids)
     assert load_data("openmoji", limit=90, seed=2).ids != small.ids
-    assert len(load_data("openmoji", limit=5000)) == 1421
+    assert load_data("openmoji", limit=5000).ids == load_data("openmoji").ids
 
 
 # ---- any size

@@ -130,7 +130,7 @@ def test_only_matrices_decay(tiny):
 def test_step_zero_of_the_log_is_the_untrained_target(tiny, tmp_path):
     config = tiny("train.steps=2")
     metrics = train(config, tmp_path / "run", progress=False)
-    target, known, asked = build_encoders(config)[1], load_split(config, "train"), load_split(config, "test")
+    target, known, asked = build_encoders(config)[1], load_split(config, "train"), load_split(config, "validation")
     x, y = encode(target, known.at_size(32)), encode(target, asked.at_size(32))
     row = read_log(tmp_path / "run")[0]
     hits = knn_accuracy(x, known.labels, y, asked.labels, 3)
