@@ -139,7 +139,7 @@ def test_imagenettes_own_test_pictures_are_halved_and_only_it_has_a_second_half(
     assert torch.bincount(first.labels).tolist() == [15, 11] and torch.bincount(second.labels).tolist() == [15, 10]
     ranked = sorted(names["n01440764"], key=lambda name: hashlib.sha256(name.encode()).hexdigest())  # by name alone
     assert {id_.split("/")[2] for id_, y in zip(second.ids, second.labels, strict=True) if y == 0} == set(ranked[:15])
-    with pytest.raises(ValueError, match="'test-b' of openmoji is not known; .* nearest: test"):
+    with pytest.raises(ValueError, match=r"'test-b' of openmoji is not known; .* nearest: test"):
         load_data("openmoji", "test-b")
 
 
