@@ -153,7 +153,7 @@ class EvaluateConfig:
     sizes: list[Any] = key([32, 48, 64, 96, 128])  # pixels: a side, or "48x96"
     gallery: int = key(2000, at_least=1)  # training pictures that the readers are fitted on
     queries: int = key(1000, at_least=1)  # test pictures
-    knn_k: int = key(10, at_least=1)  # neighbours that vote
+    knn_k: int = key(20, at_least=1)  # neighbours that vote
     pool: str = key("mean", choices=("mean", "pyramid"))  # mean of patch tokens; pyramid: that and a 2x2 grid of means
 
 

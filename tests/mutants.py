@@ -92,9 +92,10 @@ MUTANTS = [
     Mutant("fractions rounded away", "nn/predictor", "*query_positions), dim=1).float()", "*query_positions), dim=1).float().round()", "predictor"),
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
-    Mutant("nearest by dot product", "evaluate/readers", "(F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).topk", "(queries @ gallery.T).topk", "metrics"),
-    Mutant("weakest penalty, not the strongest", "evaluate/readers", "return int(np.argmax(mean >= mean[best] - error[best]))", "return best", "metrics"),
-    Mutant("both probes the same", "evaluate/transfer", "fixed_probe(known[name], y_train), known", "here, known", "evaluate"),
+    Mutant("nearest by dot product", "evaluate/readers", "(asked @ known.T).topk", "((queries - mean) @ (gallery - mean).T).topk", "metrics"),
+    Mutant("features of neighbours not centred", "evaluate/readers", "mean = gallery.mean(dim=0)", "mean = 0", "metrics"),
+    Mutant("weakest penalty, not the strongest", "evaluate/readers", "return int(np.argmax(share >= best - math", "return int(np.argmax(share >= best - 0 * math", "metrics"),
+    Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),
     Mutant("effective rank not centred", "evaluate/measures", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ HOMES = {
         *("StrategyView", "encode", "patch_grid", "pool_tokens", "raw_pixels"),
         *("resolution_transfer", "with_strategy"),
     ],
-    "readers": ["fixed_probe", "knn_accuracy", "linear_probe", "probe_hits", "retrieval_hits"],
+    "readers": ["knn_accuracy", "linear_probe", "probe_hits", "retrieval_hits"],
     "measures": [
         *("bootstrap_interval", "effective_rank", "feature_std"),
         *("jackknife_interval", "linear_cka", "one_thread"),

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import stdtrit
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -88,11 +89,13 @@ def bootstrap_interval(hits: Tensor, n: int = 1000, seed: int = 0, level: float 
 def jackknife_interval(statistic: Callable[[Tensor], float], n: int, groups: int = 10, seed: int = 0) -> Interval:
     """Value and 95 % interval of a statistic of n rows that is no mean; `statistic` takes row indices.
 
-    Each of the groups is left out in turn. (Resampling with repetition would lower an effective rank.)
+    Each of the groups is left out in turn; Student's t with groups - 1 degrees of freedom. (Resampling with repetition
+    would lower an effective rank.)
     """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     value = statistic(torch.arange(n))
     parts = order.chunk(min(groups, n))
     left_out = torch.tensor([statistic(torch.cat(parts[:g] + parts[g + 1 :])) for g in range(len(parts))])
     error = math.sqrt((len(parts) - 1) * float(left_out.var(correction=0)))
-    return value, value - 1.96 * error, value + 1.96 * error
+    half = float(stdtrit(len(parts) - 1, 0.975)) * error
+    return value, value - half, value + half

@@ -17,6 +17,7 @@ from ..inputs import size_pair, size_text
 
 Row = dict[str, Any]
 BASE = "absolute, resampled"  # the reader that gains are counted from
+ACCURACIES = ("probe", "probe_fixed", "knn")  # shown in summaries; probe_fixed, a weak penalty, is in old results only
 MEASURED = ("value", "low", "high", "n", "interval")  # every other key of a row says what was measured
 
 
@@ -158,14 +159,19 @@ def sweep_summary(rows: Sequence[Row]) -> str:
         means = summarise(members)
         seeds = max(row["n"] for row in means) if means[0]["interval"] == "t" else 1
         parts += [f"## {setting}", "", f"Trained at {size_text(home_size(members))} px, {seeds} seed(s).", ""]
-        for metric in ("probe", "probe_fixed", "knn", "effective_rank"):
+        for metric in _shown(means, *ACCURACIES, "effective_rank"):
             parts += ["```", format_table(means, metric, interval=True), "```", ""]
         gains = summarise(paired_gains(members, BASE))
         if seeds > 1 and gains:
             parts += [f"Points over {BASE}, paired by seed.", ""]
-            for metric in ("probe", "probe_fixed", "knn"):
+            for metric in _shown(gains, *ACCURACIES):
                 parts += ["```", format_table(gains, metric, interval=True, digits=1), "```", ""]
     return "\n".join(parts)
+
+
+def _shown(rows: Sequence[Row], *metrics: str) -> list[str]:
+    there = {row["metric"] for row in rows}
+    return [metric for metric in metrics if metric in there]
 
 
 def home_size(rows: Sequence[Row]) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from .measures import (
     linear_cka,
     one_thread,
 )
-from .readers import fixed_probe, knn_accuracy, linear_probe, probe_hits, retrieval_hits
+from .readers import knn_accuracy, linear_probe, probe_hits, retrieval_hits
 
 # images [B, 3, h, w] -> tokens [B, prefix + N, D] or features [B, D]
 EncoderLike = Callable[[Tensor], Tensor]
@@ -155,7 +155,7 @@ def resolution_transfer(
     sizes: Sequence[Size],
     gallery: int | None = None,
     queries: int | None = None,
-    knn_k: int = 10,
+    knn_k: int = 20,
     pool: str = "mean",
     refit: bool = True,
     batch_size: int = 256,
@@ -167,11 +167,11 @@ def resolution_transfer(
 
     Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures):
     probe, knn            fitted on `train` pictures at train_size
-    probe_fixed           the same with a fixed, weak penalty (`fixed_probe`)
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
     retrieval, cka        against the same test pictures at train_size
     effective_rank, feature_std
-    gallery, queries: seeded subsets of train and test (None: all). train_size is read even if not in `sizes`.
+    gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
+    train_size is read even if not in `sizes`.
     tags (for example seed and data set) are added to every row. ValueError, before any work, on a size that
     is no multiple of an encoder's patch.
     """
@@ -183,20 +183,19 @@ def resolution_transfer(
             patch_grid(size, patch)
     train_index, test_index = _subset(len(train), gallery, seed), _subset(len(test), queries, seed)
     y_train, y_test = train.labels[train_index], test.labels[test_index]
-    rows: list[dict[str, Any]] = []
-    fitted: dict[str, tuple[Pipeline, Pipeline, Tensor, Tensor]] = {}  # name -> probes, train and test features
+    k, rows = min(knn_k, len(train_index)), []
+    fitted: dict[str, tuple[Pipeline, Tensor, Tensor]] = {}  # name -> probe, train and test features
     for size in tqdm(asked, desc="image sizes", disable=not progress):
         seen = _encode_all(encoders, test, size, test_index, pool, batch_size)
         known = _encode_all(encoders, train, size, train_index, pool, batch_size) if refit or size == home else {}
         for name, x in seen.items():
             here = linear_probe(known[name], y_train) if name in known else None
             if size == home:
-                fitted[name] = (here, fixed_probe(known[name], y_train), known[name], x)
-            probe, fixed, x_train, x_home = fitted[name]
+                fitted[name] = (here, known[name], x)
+            probe, x_train, x_home = fitted[name]
             found = {
                 "probe": bootstrap_interval(probe_hits(probe, x, y_test), seed=seed),
-                "probe_fixed": bootstrap_interval(probe_hits(fixed, x, y_test), seed=seed),
-                "knn": bootstrap_interval(knn_accuracy(x_train, y_train, x, y_test, knn_k), seed=seed),
+                "knn": bootstrap_interval(knn_accuracy(x_train, y_train, x, y_test, k), seed=seed),
                 "retrieval": bootstrap_interval(retrieval_hits(x, x_home), seed=seed),
                 **_geometry(x, x_home, seed),
             }
