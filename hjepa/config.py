@@ -13,7 +13,7 @@ configs". Not covered: what the values do, which the modules that read them say.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .data.images import DATASETS
-from .files import parse_yaml, read_yaml
+from .files import dump_yaml, parse_yaml, read_yaml, write_whole
 from .inputs import nearest, size_pair
 from .nn.frequencies import COORDINATES, KINDS, STRATEGIES
 from .nn.hjepa import DISTANCES
@@ -39,7 +39,6 @@ def key(default: Any, **allowed: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=allowed)
     return field(default=default, metadata=allowed)
-
 
 
 @dataclass
@@ -188,14 +187,24 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"override {text!r} is not of the form key=value, such as train.steps=200")
-        _set(config, key.strip(), parse_yaml(value, f"override {text!r}"), f"override {text!r}")
+        _set(config, key.strip(), _override(key.strip(), value.strip(), f"override {text!r}"), f"override {text!r}")
     check_config(config)
     return config
 
 
+def _override(key: str, text: str, where: str) -> Any:
+    """The value in key=value: YAML, but of keys that hold text the text itself, without the rules for comments."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if key in TEXT and not quoted and text.lower() not in ("", "~", "null"):
+        return text
+    if not quoted and re.search(r"(^|\s)#", text):
+        raise ValueError(f"{where} holds a comment, '#...'; only files have comments")
+    return parse_yaml(text, where)
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write every value, defaults too, so that the file alone says what was run."""
-    Path(path).write_text(OmegaConf.to_yaml(config, resolve=False), encoding="utf-8")
+    write_whole(path, dump_yaml(OmegaConf.to_container(cast(Any, config))))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -209,6 +218,19 @@ def _values(config: Config) -> dict[str, Any]:
 
 
 KEYS = tuple(_values(default_config()))
+
+
+def _fields(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Dotted key and field of every key."""
+    for item in fields(section):
+        if is_dataclass(item.type):
+            yield from _fields(item.type, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item
+
+
+TEXT = {name for name, item in _fields() if item.type in (str, str | None)}
+NUMBERS = {name for name, item in _fields() if item.type in (int, int | None, float)}
 
 
 def _merge(config: Config, tree: Any, where: str, prefix: str = "") -> None:
@@ -240,6 +262,10 @@ def _set(config: Config, key: str, value: Any, where: str) -> None:
         raise ValueError(f"{where}: unknown key {key!r}; {hint}")
     if "${" in str(value):
         raise ValueError(f"{where}: {key}={value!r} holds '${{'; config values are never evaluated")
+    if key in TEXT and not isinstance(value, str | None):
+        raise ValueError(f"{where}: {key}={value!r} has the wrong type: it is no text; write it in quotes")
+    if key in NUMBERS and isinstance(value, str):
+        raise ValueError(f"{where}: {key}={value!r} has the wrong type: it is text, not a number in decimal digits")
     try:
         OmegaConf.update(cast(Any, config), key, value)
     except (OmegaConfBaseException, OverflowError) as error:
@@ -256,15 +282,7 @@ DIVISIBLE = {
 }
 
 
-def _allowed(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for item in fields(section):
-        if is_dataclass(item.type):
-            yield from _allowed(item.type, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", item.metadata
-
-
-ALLOWED = dict(_allowed())
+ALLOWED = {name: item.metadata for name, item in _fields()}
 
 
 def check_config(config: Config) -> None:

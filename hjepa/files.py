@@ -2,7 +2,8 @@
 
 Plain YAML lets mistakes through: the later of two equal keys wins, `no` is a boolean, `1e-3` is a string, and
 a few anchors can unfold to gigabytes. Here doubled keys, anchors and tags are refused, only true and false are
-booleans, and 1e-3 is a number (for those two see the core schema, section 10.3 of yaml.org/spec/1.2.2).
+booleans, whole numbers are decimal, and 1e-3 is a number (after the core schema, section 10.3 of
+yaml.org/spec/1.2.2).
 
 The lock is the kernel's (flock on FOLDER/.lock), so it ends with its process however that dies, and a run that was
 killed never has to be unlocked by hand.
@@ -25,6 +26,7 @@ from .inputs import nearest
 
 LONGEST_FILE = 1_000_000  # bytes; a config is a thousand times shorter
 BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+INT = re.compile(r"[-+]?\d+$")
 FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 
 
@@ -46,18 +48,52 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+    def construct_yaml_int(self, node: Any) -> int:
+        return int(self.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def _error(problem: str, place: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
-# bool and float by the 1.2 rules; dates and the merge key "<<" are plain words
-_LOADER_TAGS = ("bool", "float", "timestamp", "merge")
+# bool, int and float by the 1.2 rules, whole numbers in decimal alone: 010 is ten, and 0x10, 1_000, 1:30, dates and
+# the merge key "<<" are plain words
+_LOADER_TAGS = ("bool", "int", "float", "timestamp", "merge")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, rule) for tag, rule in rules if tag.rsplit(":", 1)[-1] not in _LOADER_TAGS]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOL, list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every word that the rules above, or those of other readers, take for something else."""
+
+
+for _tag, _rule, _first in (("bool", BOOL, "tTfF"), ("int", INT, "-+0123456789"), ("float", FLOAT, "-+.0123456789")):
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _rule, list(_first))
+
+
+def dump_yaml(tree: Any) -> str:
+    """YAML text of plain dicts, lists, words and numbers, which `parse_yaml` reads back equal."""
+    return yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as people write it: a leading ~ is the home folder.
+
+    Raises:
+        ValueError: the home folder of an unknown user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: no such user; give the folder's full path") from None
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -67,7 +103,7 @@ def read_yaml(path: str | Path) -> Any:
         FileNotFoundError: no such file.
         ValueError: a folder, too long, not UTF-8, or not strict YAML; names the file and the line.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.exists():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
         raise FileNotFoundError(f"{path} does not exist; nearest: {path.parent / near if near else 'none'}")

@@ -82,6 +82,10 @@ MUTANTS = [
     Mutant("context keeps target patches", "nn/masks", "generator) & ~hidden", "generator)", "masks"),
     Mutant("coarse targets that the context sees into", "nn/masks", SEEN, "_any_in_cell(hidden, level)", "masks"),
     Mutant("masks beside the seed", "nn/masks", "torch.rand(allowed.shape, generator=generator)", "torch.rand(allowed.shape)", "masks"),
+    Mutant("starved masks not drawn again", "nn/masks", "for _ in range(DRAWS):", "for _ in range(1):", "masks"),
+    # what people hand in
+    Mutant("folders of splits taken for classes", "data/folder", "    splits = _split_folders(folder)\n", "    splits: dict = {}\n", "imagefiles"),
+    Mutant("splits inside classes mixed", "data/folder", "if len(splits) > 1:\n            what = f\"class", "if False:\n            what = f\"class", "imagefiles"),
     # pooling, predictor, loss
     Mutant("pooling on the transposed grid", "nn/hjepa", "patches.unflatten(1, grid_size)", "patches.unflatten(1, grid_size[::-1])", "model"),
     Mutant("border cells cut off", "nn/hjepa", "ceil_mode=True", "ceil_mode=False", "model"),

@@ -48,6 +48,46 @@ def test_later_overrides_win_over_earlier_ones_and_over_the_file(tmp_path):
     assert config.data.path is None
 
 
+@pytest.mark.parametrize(
+    "text", ["photos #2", "010", "1_000", "1:30", "true", "a: b", "[x]", "*x", "!important", "1e3", "~/photos", "#2"]
+)
+def test_text_is_taken_as_it_stands_and_saved_as_text(tmp_path, text):
+    config = load_config(overrides=[f"data.path={text}"])
+    assert config.data.path == text and load_config(overrides=[f"data.path='{text}'"]).data.path == text
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml").data.path == text
+
+
+@pytest.mark.parametrize("text", ["null", "Null", "~", ""])
+def test_nothing_is_written_as_in_yaml(text):
+    assert load_config(overrides=["data.path=x", f"data.path={text}"]).data.path is None
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", 10), ("+7", 7), ("08", 8), ("1e3", None), ("0x10", None),
+                                              ("1_000", None), ("1:30", None), ("'5'", None), ("0b1", None)])  # fmt: skip
+def test_whole_numbers_are_decimal(tmp_path, text, number):
+    for read in (lambda: load_config(overrides=[f"train.steps={text}"]),
+                 lambda: load_config(write(tmp_path, f"train: {{steps: {text}}}"))):  # fmt: skip
+        if number is None:
+            with pytest.raises(ValueError, match=r"train\.steps=.* has the wrong type"):
+                read()
+        else:
+            assert read().train.steps == number
+
+
+def test_comments_stand_in_files_alone(tmp_path):
+    assert load_config(write(tmp_path, "train: {steps: 5}  # few")).train.steps == 5
+    for override in ("train.steps=5 # few", "evaluate.sizes=[32] # one"):
+        with pytest.raises(ValueError, match="holds a comment"):
+            load_config(overrides=[override])
+
+
+def test_a_number_where_a_file_should_hold_text_is_refused(tmp_path):
+    for text in ("data: {path: 010}", "data: {path: true}", "data: {root: 1.5}"):
+        with pytest.raises(ValueError, match="it is no text; write it in quotes"):
+            load_config(write(tmp_path, text))
+
+
 def test_saved_config_is_read_back_equal_and_holds_every_key(tmp_path):
     config = load_config(CONFIGS / "rope_experiment.yaml", ["train.lr=3e-05", "evaluate.sizes=[32, 48x96]"])
     save_config(config, tmp_path / "saved.yaml")

@@ -5,20 +5,21 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa.files import FLOAT, LONGEST_FILE, parse_yaml, read_yaml
+from hjepa.files import FLOAT, LONGEST_FILE, dump_yaml, parse_yaml, read_yaml
 from hjepa.inputs import nearest
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 0.001), ("1.0e-3", 0.001), ("-.5", -0.5), ("2E4", 2e4), ("7", 7), ("0.5", 0.5), ("1.", 1.0)],
+    [("1e-3", 0.001), ("1.0e-3", 0.001), ("-.5", -0.5), ("2E4", 2e4), ("7", 7), ("0.5", 0.5), ("1.", 1.0)]
+    + [("010", 10), ("-08", -8), ("0", 0)],
 )
 def test_numbers_are_numbers(text, value):
     read = parse_yaml(text, "here")
     assert read == value and type(read) is type(value)
 
 
-@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "y", "2024-01-01", "1e", "e3", "48x96", "<<"])
+@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "y", "2024-01-01", "1e", "e3", "48x96", "<<", "0x10", "0o7", "0b1", "1_000", "1:30"])
 def test_words_stay_words(text):
     assert parse_yaml(text, "here") == text
 
@@ -74,6 +75,16 @@ def test_reads_back_what_yaml_writes(value):
         assert "anchors" in str(error)
         return
     assert read == value
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
+def test_reads_back_what_it_writes_itself_whatever_the_words(value):
+    assert parse_yaml(dump_yaml(value), "fuzz") == value
+
+
+@pytest.mark.parametrize("word", ["08", "010", "0E0", "1_0", "1:30", "no", "True", "2024-01-01", "~", "", "<<", "="])
+def test_words_that_look_like_something_else_are_written_in_quotes(word):
+    assert parse_yaml(dump_yaml({"path": word}), "here") == {"path": word}
 
 
 def test_missing_file_names_the_nearest(tmp_path):

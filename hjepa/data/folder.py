@@ -8,6 +8,7 @@ Not covered: colour profiles (pixels are taken as sRGB), video, labels from anyt
 """
 
 import hashlib
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,22 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..files import user_path
 from ..inputs import nearest
 
 TEST_FRACTION = 0.25  # of data sets that come without a split of their own
-TEST_NAMES = ("test", "val", "valid", "validation")
+SPLIT_WORDS = {
+    "train": ("train", "training", "trn"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
+    "validation": ("val", "valid", "validation", "validate", "validating", "dev"),
+}
+AFFIXES = ("images", "image", "imgs", "img", "pictures", "photos", "dataset", "data", "set", "split", "seg")
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow knows these files and shows no pixels of them
+UNLABELLED = "unlabelled"  # the class of pictures that lie in no class folder
+UNOPENED = {
+    *(".heic", ".heif", ".avif", ".jxl", ".raw"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"),
+}  # pictures of phones and cameras, which some installations of Pillow cannot read
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -28,6 +41,7 @@ def read_image(path: str | Path) -> Tensor:
 
     Pillow's limit on the number of pixels (Image.MAX_IMAGE_PIXELS) holds: a small file can claim to be huge.
     """
+    check_opens(Path(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata
@@ -42,6 +56,14 @@ def read_image(path: str | Path) -> Tensor:
         what = f"image file {path} cannot be read ({reason})"
         raise ValueError(f"{what}; replace it, or set on_corrupt to skip") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def check_opens(path: Path) -> None:
+    """ValueError on a picture of a kind that this installation of Pillow cannot open, by the file's ending."""
+    ending = path.suffix.lower()
+    if ending in UNOPENED and ending not in _opened():
+        what = f"image file {path} cannot be read (Pillow does not open {ending} files here)"
+        raise ValueError(f"{what}; store it as PNG or JPEG, or set on_corrupt to skip")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -66,29 +88,74 @@ def _rgb(image: Image.Image) -> Image.Image:
 def find_images(path: str | Path, split: str) -> tuple[list[Path], list[int], list[str]]:
     """Image files, their labels and the class names, in sorted order, of one split of a folder.
 
-    path/CLASS/**/FILE, or path/train/CLASS/... beside path/test/CLASS/... (or val). In the first form
-    `is_test` splits the pictures by their paths below the folder. FileNotFoundError if path is missing,
-    ValueError if there is nothing to learn from; both say what was expected.
+    path/CLASS/**/FILE, or path/train/CLASS/... beside path/test/CLASS/... (without test: validation), the splits by
+    any usual name and case. In the first form `is_test` splits the pictures by their paths below the folder.
+    Pictures without class folders are of one class, UNLABELLED. FileNotFoundError if path is missing, ValueError if
+    there is nothing to learn from or folders of splits lie where classes should; both say what was expected.
     """
-    folder = existing_folder(Path(path))
-    inside = {item.name: item for item in _folders(folder)}
-    test = next((inside[name] for name in TEST_NAMES if name in inside), None)
-    if "train" in inside and test is not None:
-        files, labels, classes = _labelled(inside["train"])
+    folder = existing_folder(user_path(path))
+    splits = _split_folders(folder)
+    train, test = splits.get("train"), splits.get("test") or splits.get("validation")
+    if train is not None and test is not None:
+        files, labels, classes = _labelled(train)
         if split == "test":
             files, labels, found = _labelled(test)
             if unknown := sorted(set(found) - set(classes)):
-                raise ValueError(f"class folder {test / unknown[0]} has no counterpart in {inside['train']}")
+                where = test / unknown[0] if unknown != [UNLABELLED] else test
+                raise ValueError(f"class folder {where} has no counterpart in {train}")
             labels = [classes.index(found[label]) for label in labels]
         return files, labels, classes
-    if set(inside) == {"train"}:
-        folder = inside["train"]
+    folder = train or folder
     files, labels, classes = _labelled(folder)
     chosen = is_test([file.relative_to(folder).as_posix() for file in files], labels)
     kept = [i for i, in_test in enumerate(chosen) if in_test == (split == "test")]
-    if not kept:
-        raise ValueError(f"folder {folder} has too few images for a {split} split: {len(files)} in all")
+    if not kept or (classes == [UNLABELLED] and len(kept) == len(files)):
+        raise ValueError(_too_few(folder, len(files), classes, split))
     return [files[i] for i in kept], [labels[i] for i in kept], classes
+
+
+def _too_few(folder: Path, count: int, classes: list[str], split: str) -> str:
+    if classes == [UNLABELLED]:
+        return f"folder {folder} holds {count} images but no class folders, too few for a {split} split"
+    return f"folder {folder} has too few images for a {split} split: {count} in all"
+
+
+def split_of(name: str) -> str:
+    """Which split a folder of this name holds, train, test or validation; "" for any other name.
+
+    "Training", "TEST_SET", "val_images", "seg_train" and "train2017" are names of splits, "trains" and "test tube" not.
+    """
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word and word not in AFFIXES]
+    if len(words) == 1:
+        words = [re.sub(f"({'|'.join(AFFIXES)})$", "", words[0])]
+    return next((split for split, names in SPLIT_WORDS.items() if len(words) == 1 and words[0] in names), "")
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """The folders of splits in `folder`, by split, or {} where its folders are classes.
+
+    Raises:
+        ValueError: some are splits and yet cannot be used as splits; names them.
+    """
+    inside = _folders(folder)
+    named = [item for item in inside if split_of(item.name)]
+    splits = {split_of(item.name): item for item in named}
+    if "train" in splits and (len(splits) > 1 or len(inside) == 1):
+        if len(splits) == len(named):
+            return {split: _unwrapped(item, split) for split, item in splits.items()}
+    elif len(named) < len(inside) and not any(_folders(item) for item in named):
+        return {}  # a class that is called train, say
+    if named:
+        what = f"folder {folder} has folders named after splits, {', '.join(item.name for item in named)}"
+        raise ValueError(f"{what}, not one for training beside one for testing; name them train and test, or give "
+                         "the folder of class folders")  # fmt: skip
+    return {}
+
+
+def _unwrapped(folder: Path, split: str) -> Path:
+    """The folder, or the one of the same split that is all it holds: seg_train/seg_train/CLASS."""
+    inside = _folders(folder)
+    return inside[0] if len(inside) == 1 and split_of(inside[0].name) == split else folder
 
 
 def is_test(
@@ -101,7 +168,7 @@ def is_test(
     """
 
     def rank(key: str) -> bytes:
-        return hashlib.sha256(key.encode()).digest()
+        return hashlib.sha256(key.encode(errors="surrogateescape")).digest()  # names need not be UTF-8
 
     members: dict[int, set[str]] = {}
     for key, label in zip(keys, labels, strict=True):
@@ -128,12 +195,15 @@ def _labelled(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     classes = _folders(folder)
     if not classes:
         loose = _images(folder)
-        state = f"holds {len(loose)} images but no class folders" if loose else "is empty"
-        raise ValueError(
-            f"folder {folder} {state}; expected images in class folders, {folder / 'CLASS'}/*.png"
-        )
+        if not loose:
+            raise ValueError(f"folder {folder} is empty; expected images in class folders, {folder / 'CLASS'}/*.png")
+        return loose, [0] * len(loose), [UNLABELLED]
     files, labels = [], []
     for label, class_folder in enumerate(classes):
+        splits = [item.name for item in _folders(class_folder) if split_of(item.name)]
+        if len(splits) > 1:
+            what = f"class folder {class_folder} holds folders of splits, {', '.join(splits)}"
+            raise ValueError(f"{what}; expected {folder / 'train' / class_folder.name} beside test/{class_folder.name}")
         found = _images(class_folder)
         if not found:
             raise ValueError(f"class folder {class_folder} holds no images; fill it or remove it")
@@ -147,7 +217,14 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(item for item in found if item.is_dir())
 
 
-def _images(folder: Path) -> list[Path]:
+def _opened() -> set[str]:
+    """Endings of the files that Pillow gives pixels of."""
     known = Image.registered_extensions()
+    return {ending for ending, kind in known.items() if kind in Image.OPEN and kind not in NO_PICTURES}
+
+
+def _images(folder: Path) -> list[Path]:
+    """Picture files below a folder, those too that Pillow does not open, so that none is left out without a word."""
+    known = _opened() | UNOPENED
     found = (item for item in folder.rglob("*") if item.suffix.lower() in known)
     return sorted(item for item in found if item.is_file() and not item.name.startswith("."))

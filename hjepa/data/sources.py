@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import user_path
 from . import openmoji
-from .folder import find_images, is_test, read_image
+from .folder import check_opens, find_images, is_test, read_image
 
 TIMEOUT = 15.0  # seconds without an answer before a download gives up
 MEMORY = 1 << 30  # bytes of decoded image files kept in memory; the rest is decoded at each use
@@ -250,7 +251,7 @@ def read_imagefolder(request: Request) -> Listing:
     if request.path is None:
         raise ValueError("data set 'imagefolder' needs path=, the folder that holds the class folders")
     files, labels, classes = find_images(request.path, request.split)
-    return _file_listing(request, Path(request.path), files, labels, classes)
+    return _file_listing(request, user_path(request.path), files, labels, classes)
 
 
 def _file_listing(
@@ -270,9 +271,10 @@ def _file_listing(
 
 def _readable(pictures: FilePictures, index: int, skip_corrupt: bool) -> bool:
     """Decode a file once. Without skipping, files beyond the memory kept are left for later."""
-    if not skip_corrupt and pictures.free <= 0:
-        return True
     try:
+        check_opens(pictures.files[index])
+        if not skip_corrupt and pictures.free <= 0:
+            return True
         pictures.source(index)
     except ValueError:
         if not skip_corrupt:

@@ -14,7 +14,8 @@ each sample also hides one whole cell of the coarsest level; with one level, non
 
 All samples of a batch keep the same number of tokens: where one has more, a random choice of them is left out, which
 is neither seen nor asked for. Nothing is padded. So that one unlucky sample does not starve the batch, twice as many
-masks are drawn as needed and the half with more context is kept.
+masks are drawn as needed and the half with more context is kept; where even that leaves a sample without context, the
+batch is drawn again from the same generator, DRAWS times at most.
 
 Not covered: masks along time, masks drawn from the image's content.
 """
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+DRAWS = 100  # until blocks that fit one batch in ten or more practically always fit
 
 
 @dataclass
@@ -70,31 +73,52 @@ def sample_masks(
         generator: source of randomness.
 
     Raises:
-        ValueError: ranges out of order, or a grid too small to leave every sample a context and a target.
+        ValueError: ranges out of order, or a grid too small to leave every sample a context and a target
+            in DRAWS draws.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     _check(levels, num_targets, target_scale, target_aspect, context_scale, grid_size)
-    height, width = grid_size
-    drawn = 2 * batch_size
-    hidden = torch.zeros(drawn, height, width, dtype=torch.bool)
-    scale, aspect = _uniform(target_scale, generator), _log_uniform(target_aspect, generator)
-    for _ in range(num_targets):
-        hidden |= _blocks(drawn, grid_size, *_block_shape(grid_size, scale, aspect), generator)
-    if levels > 1:
-        hidden |= _coarse_cells(drawn, grid_size, levels - 1, generator)
-    share = math.sqrt(_uniform(context_scale, generator))
-    shape = max(1, round(height * share)), max(1, round(width * share))
-    context = _blocks(drawn, grid_size, *shape, generator) & ~hidden
-    kept = context.flatten(1).sum(1).topk(batch_size).indices.sort().values
+    for _ in range(DRAWS):
+        scale, aspect = _uniform(target_scale, generator), _log_uniform(target_aspect, generator)
+        hidden = _hidden(2 * batch_size, grid_size, levels, num_targets, scale, aspect, generator)
+        context = _context(hidden, math.sqrt(_uniform(context_scale, generator)), generator)
+        counts, kept = context.flatten(1).sum(1).topk(batch_size)
+        if counts.min() > 0:
+            break
+    else:
+        raise ValueError(_starved(grid_size, target_scale, context_scale))
+    kept = kept.sort().values
     context, hidden = context[kept], hidden[kept]
-    _check_counts(context, grid_size, target_scale, context_scale)
     context_idx = _choose(context.flatten(1), generator)
-    seen = torch.zeros(batch_size, height * width, dtype=torch.bool).scatter_(1, context_idx, True)
+    seen = torch.zeros(batch_size, grid_size[0] * grid_size[1], dtype=torch.bool).scatter_(1, context_idx, True)
     targets = [_choose(hidden.flatten(1), generator)]
     for level in range(1, levels):
         targets.append(_choose(~_any_in_cell(seen.unflatten(1, grid_size), level).flatten(1), generator))
     return Masks(context_idx, tuple(targets))
+
+
+def _hidden(
+    drawn: int,
+    grid_size: tuple[int, int],
+    levels: int,
+    num_targets: int,
+    scale: float,
+    aspect: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Target blocks and, with several levels, one coarsest cell in each sample: `[drawn, H, W]`, True inside."""
+    hidden = torch.zeros(drawn, *grid_size, dtype=torch.bool)
+    for _ in range(num_targets):
+        hidden |= _blocks(drawn, grid_size, *_block_shape(grid_size, scale, aspect), generator)
+    return hidden | _coarse_cells(drawn, grid_size, levels - 1, generator) if levels > 1 else hidden
+
+
+def _context(hidden: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    """A context block of `share` of each side without what is hidden: booleans like `hidden`, True inside."""
+    height, width = hidden.shape[1:]
+    shape = max(1, round(height * share)), max(1, round(width * share))
+    return _blocks(len(hidden), (height, width), *shape, generator) & ~hidden
 
 
 def _uniform(bounds: tuple[float, float], generator: torch.Generator | None) -> float:
@@ -175,11 +199,11 @@ def _check(
         )
 
 
-def _check_counts(
-    context: Tensor, grid_size: tuple[int, int], target_scale: tuple[float, float], context_scale: tuple[float, float]
-) -> None:
-    if int(context.flatten(1).sum(1).min()) == 0:
-        raise ValueError(
-            f"the targets left a sample without context on the {grid_size[0]}x{grid_size[1]} grid: lower target_scale="
-            f"{tuple(target_scale)}, raise context_scale={tuple(context_scale)}, or use fewer levels or a larger grid"
-        )
+def _starved(
+    grid_size: tuple[int, int], target_scale: tuple[float, float], context_scale: tuple[float, float]
+) -> str:
+    return (
+        f"the targets left a sample without context on the {grid_size[0]}x{grid_size[1]} grid in {DRAWS} draws: lower "
+        f"target_scale={tuple(target_scale)}, raise context_scale={tuple(context_scale)}, or use fewer levels or a "
+        "larger grid"
+    )

@@ -9,6 +9,7 @@ Not covered: remote trackers.
 
 import csv
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -47,7 +48,8 @@ class RunLog:
         writer.writerows(self.rows)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row to all logs, at once on disk."""
+        """Append a row to all logs, at once on disk; a number that is not finite is no number there, None."""
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self.rows.append(row)
         with self.jsonl.open("a") as file:
             file.write(json.dumps(row) + "\n")

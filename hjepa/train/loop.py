@@ -37,6 +37,7 @@ from ..data.images import ImageData, TrainView
 from ..evaluate.measures import effective_rank, feature_std
 from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
+from ..inputs import patch_grid
 from ..nn.encoders import TargetEncoder
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .log import RunLog, check_run_dir, log_columns, summary
@@ -107,6 +108,7 @@ class _Run:
         if self.last_good:
             state = load_checkpoint(self.last_good, self.plain, self.optimizer.optimizer)
         for side in train_sizes(self.config):
+            patch_grid(side, self.plain.context_encoder.patch_size)
             draw_masks(self.config, self.grid(side), 0)  # a grid too small for the masks is an error now, not later
         if self.accelerator.scaler is not None and "scaler" in state["extra"]:
             self.accelerator.scaler.load_state_dict(state["extra"]["scaler"])
@@ -196,7 +198,10 @@ class _Run:
             "lr": lr,
             "momentum": momentum,
         }
-        return row | {"feature_std": feature_std(self.accelerator.gather(torch.cat(pooled)).cpu())} if logging else row
+        if logging:
+            features = self.accelerator.gather(torch.cat(pooled)).cpu()
+            row["feature_std"] = feature_std(features) if len(features) > 1 else None  # one picture has no spread
+        return row
 
     def reduce(self, numbers: Tensor, step: int) -> list[float]:
         """Mean over processes; stops before the optimiser sees what is not finite."""

@@ -244,3 +244,109 @@ def test_very_long_picture_shows_its_middle(tmp_path):
     data = load_data("imagefolder", path=tmp_path, image_size=16)
     white = (1 - torch.tensor(data.mean)) / torch.tensor(data.std)
     torch.testing.assert_close(data.at_size(16, [0])[0].mean((1, 2)), white)
+
+
+SPLIT_NAMES = [
+    ("train", "test"), ("Training", "Testing"), ("TRAIN", "Val"), ("train_set", "test_set"), ("trainset", "testset"),
+    ("Training Data", "Validation Data"), ("seg_train", "seg_test"), ("train2017", "val2017"), ("train_images", "eval"),
+    ("train-data", "dev"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("train", "test"), SPLIT_NAMES)
+def test_folders_of_splits_are_no_classes_whatever_their_usual_name(tmp_path, train, test):
+    grid(tmp_path / train)
+    grid(tmp_path / test, count=2)
+    parts = [load_data("imagefolder", part, path=tmp_path) for part in ("train", "test")]
+    assert [part.classes for part in parts] == [["cat", "dog"]] * 2
+    assert {id_.split("/")[0] for id_ in parts[0].ids} == {train} and len(parts[1]) == 4
+    assert {id_.split("/")[0] for id_ in parts[1].ids} == {test}
+
+
+def test_test_pictures_come_before_validation_pictures_and_wrappers_are_opened(tmp_path):
+    grid(tmp_path / "train" / "train")
+    grid(tmp_path / "val", count=3)
+    grid(tmp_path / "test" / "test", count=2)
+    test = load_data("imagefolder", "test", path=tmp_path)
+    assert test.classes == ["cat", "dog"] and {id_.split("/")[0] for id_ in test.ids} == {"test"}
+
+
+@pytest.mark.parametrize("name", ["trains", "test tube", "valley", "devices", "images", "2017", "training shoes"])
+def test_other_names_stay_classes(tmp_path, name):
+    grid(tmp_path, classes=(name, "dog"))
+    assert load_data("imagefolder", path=tmp_path).classes == sorted((name, "dog"))
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    grid(tmp_path, classes=("car", "plane", "train"))
+    assert load_data("imagefolder", path=tmp_path).classes == ["car", "plane", "train"]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("Test", "Validation"), ("test",), ("Train", "extra"), ("cat", "dog", "Testing"), ("train", "Training"),
+        ("train", "val", "valid"),
+    ],
+)  # fmt: skip
+def test_folders_of_splits_that_cannot_be_used_are_named(tmp_path, folders):
+    for name in folders:
+        grid(tmp_path / name)
+    with pytest.raises(ValueError, match="folders named after splits") as caught:
+        load_data("imagefolder", path=tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message and all(name in message for name in folders if name not in ("extra", "cat", "dog"))
+
+
+def test_splits_inside_classes_are_named_and_not_mixed(tmp_path):
+    for name in ("cat", "dog"):
+        grid(tmp_path / name, classes=("train", "test"))
+    with pytest.raises(ValueError, match=r"cat holds folders of splits, test, train"):
+        load_data("imagefolder", path=tmp_path)
+
+
+def test_pictures_without_class_folders_are_of_one_class(tmp_path):
+    flat = tmp_path / "flat"
+    (grid(tmp_path, classes=("cat",), count=12) / "cat").rename(flat)
+    train, test = (load_data("imagefolder", part, path=flat) for part in ("train", "test"))
+    assert train.classes == test.classes == ["unlabelled"] and len({*train.ids, *test.ids}) == 12
+    assert len(test) == 3 and not test.labels.any()
+
+
+def test_home_folder_is_expanded(tmp_path, monkeypatch):
+    grid(tmp_path / "photos")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_data("imagefolder", path="~/photos")) == 12
+    with pytest.raises(ValueError, match="no such user"):
+        load_data("imagefolder", path="~nobody-of-that-name/photos")
+
+
+def test_file_name_that_is_not_utf8_is_read(tmp_path):
+    grid(tmp_path)
+    odd = tmp_path / "cat" / "caf\udce9.png"  # byte E9, as Latin-1 writes it
+    Image.fromarray(COLOURS).save(odd)
+    parts = [load_data("imagefolder", part, path=tmp_path) for part in ("train", "test")]
+    assert sum("cat/caf\udce9.png" in part.ids for part in parts) == 1
+    odd.write_bytes(b"")
+    with pytest.raises(ValueError, match="caf"):
+        for part in ("train", "test"):
+            load_data("imagefolder", part, path=tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".h5", ".hdf", ".pdf", ".grib", ".mpg", ".txt"])
+def test_documents_and_arrays_are_no_pictures(tmp_path, ending):
+    grid(tmp_path)
+    (tmp_path / "cat" / f"notes{ending}").write_bytes(b"%PDF")
+    ids = [id_ for part in ("train", "test") for id_ in load_data("imagefolder", part, path=tmp_path).ids]
+    assert len(ids) == 16
+
+
+@pytest.mark.parametrize("memory", [sources.MEMORY, 0])
+def test_pictures_of_a_kind_that_pillow_does_not_open_are_named_or_skipped(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr(sources, "MEMORY", memory)
+    grid(tmp_path / "train")
+    grid(tmp_path / "test", count=2)
+    (tmp_path / "train" / "cat" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match=r"phone\.HEIC cannot be read \(Pillow does not open \.heic"):
+        load_data("imagefolder", path=tmp_path)
+    assert load_data("imagefolder", path=tmp_path, on_corrupt="skip").skipped == ["train/cat/phone.HEIC"]

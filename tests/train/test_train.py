@@ -50,6 +50,24 @@ def frozen_batch(config):
     return model, images, draw_masks(config, model.context_encoder.grid_size, 0)
 
 
+# ---- late stops
+
+
+def test_a_batch_of_one_picture_trains_and_logs_no_nan(tiny, tmp_path):
+    train(tiny("train.batch_size=1", "train.steps=2", "train.eval_every=2"), tmp_path / "run", progress=False)
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "NaN" not in text and "nan" not in (tmp_path / "run" / "log.csv").read_text()
+    assert read_log(tmp_path / "run")[-1]["feature_std"] is None
+
+
+def test_training_sizes_that_the_encoders_own_patch_does_not_divide_stop_at_the_start(tiny, tmp_path):
+    config = tiny("model.encoder_type=flexivit_small", "model.patch_size=null", "data.image_size=64",
+                  "data.train_scales=[1.0,1.3]", "model.level_weights=[1.0]")  # fmt: skip
+    with pytest.raises(ValueError, match="image size 83x83 is not a multiple of the patch 16"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 # ---- one step
 
 
