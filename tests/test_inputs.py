@@ -11,15 +11,18 @@ from hjepa.inputs import nearest
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 0.001), ("1.0e-3", 0.001), ("-.5", -0.5), ("2E4", 2e4), ("7", 7), ("0.5", 0.5), ("1.", 1.0)]
-    + [("010", 10), ("-08", -8), ("0", 0)],
+    [
+        *(("1e-3", 0.001), ("1.0e-3", 0.001), ("-.5", -0.5), ("2E4", 2e4), ("7", 7), ("0.5", 0.5), ("1.", 1.0)),
+        *(("010", 10), ("-08", -8), ("0", 0)),
+    ],
 )
 def test_numbers_are_numbers(text, value):
     read = parse_yaml(text, "here")
     assert read == value and type(read) is type(value)
 
 
-@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "y", "2024-01-01", "1e", "e3", "48x96", "<<", "0x10", "0o7", "0b1", "1_000", "1:30"])
+@pytest.mark.parametrize("text", ["no", "yes", "on", "off", "y", "2024-01-01", "1e", "e3", "48x96", "<<", "0x10", "0o7",
+                                  "0b1", "1_000", "1:30"])  # fmt: skip
 def test_words_stay_words(text):
     assert parse_yaml(text, "here") == text
 
