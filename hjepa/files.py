@@ -81,7 +81,10 @@ for _tag, _rule, _first in (("bool", BOOL, "tTfF"), ("int", INT, "-+0123456789")
 
 def dump_yaml(tree: Any) -> str:
     """YAML text of plain dicts, lists, words and numbers, which `parse_yaml` reads back equal."""
-    return yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    text = yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    if all(line.isprintable() for line in text.split("\n")):
+        return text
+    return yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, sort_keys=False)  # with escapes
 
 
 def user_path(path: str | Path) -> Path:
