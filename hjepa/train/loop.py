@@ -42,7 +42,7 @@ from ..nn.encoders import TargetEncoder
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .log import RunLog, check_run_dir, log_columns, summary
 from .schedule import StepSampler, generator_at, lr_at, mix, share, size_at
-from .sharding import fsdp_plugin, is_sharded, whole_optimizer, whole_weights
+from .sharding import fsdp_plugin, is_sharded, prepare, whole_optimizer, whole_weights
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
 
@@ -101,8 +101,10 @@ class _Run:
         """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
         options = self.config.train
         self.plain = build_model(self.config)
-        optimizer = torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr, fused=True)
-        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        def optimizer() -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr, fused=True)
+
+        self.model, self.optimizer = prepare(self.accelerator, self.plain, optimizer)
         self.plain = self.accelerator.unwrap_model(self.model)
         state: dict[str, Any] = {"step": 0, "extra": {}}
         if self.last_good:

@@ -10,11 +10,12 @@ Not covered: checkpoints that stay in slices, for models whose whole state does 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -31,8 +32,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 def fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
     """Accelerate's FSDP settings for this model if ACCELERATE_USE_FSDP is true, as `accelerate launch` sets it.
 
-    Each transformer Block is a unit. A block's inputs are left in their precision: the rotation's table among them
-    must stay float32, and autocast sees to the rest.
+    Each transformer Block is a unit. A block's inputs are left in their precision: the rotation table among them
+    must stay float32, and autocast sees to the rest. `prepare` cuts the model by them.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
@@ -46,6 +47,38 @@ def fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin | None:
             param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
     )
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, make_optimizer: Callable[[], torch.optim.Optimizer]
+) -> tuple[Any, Any]:
+    """Model and optimiser as Accelerate prepares them, or cut over the processes where FSDP is asked for.
+
+    Accelerate would give every unit one policy, and match the optimiser's parameters by address, which all empty
+    slices share (theta is one number). So the cut is made here: blocks are gathered in the narrow precision, what
+    lies outside them in float32, frequencies above all, and the optimiser is made from the slices. On a CPU, where
+    Accelerate has no FSDP, it is the same.
+
+    make_optimizer: builds the optimiser of the model's parameters as they are when it is called.
+    """
+    plugin = fsdp_plugin(accelerator.mixed_precision)
+    if plugin is None or not torch.distributed.is_initialized():
+        return accelerator.prepare(model, make_optimizer())
+    model.to(accelerator.device)
+    policy: Any = plugin.mixed_precision_policy
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        fully_shard(block, mp_policy=policy)
+        if policy.param_dtype is not None and accelerator.device.type == "cpu":
+            for norm in [module for module in block.modules() if isinstance(module, nn.LayerNorm)]:
+                norm.register_forward_pre_hook(_narrow)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
+    model.forward = accelerator.autocast()(model.forward)
+    return model, accelerator.prepare_optimizer(make_optimizer())
+
+
+def _narrow(norm: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """On a CPU torch has no layer norm of float32 tokens by narrow weights; on a GPU autocast widens the weights."""
+    return (inputs[0].to(norm.weight.dtype), *inputs[1:])
 
 
 def is_sharded(model: nn.Module) -> bool:

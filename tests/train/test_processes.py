@@ -47,34 +47,56 @@ def test_fsdp_is_asked_for_by_accelerates_word_and_keeps_rotation_tables_in_floa
     assert not policy.cast_forward_inputs
 
 
-CUT = """
-from accelerate import Accelerator
-from torch.distributed.fsdp import fully_shard
-def prepare(self, model, optimizer):  # what Accelerate's FSDP does on GPUs
-    for part in (model.context_encoder.vit, model.target_encoder.vit, model.predictor):
-        for block in part.blocks:
-            fully_shard(block)
-    fully_shard(model)
-    cut = type(optimizer)(parameter_groups(model, 0.05), fused=True)
-    return model, self.prepare_optimizer(cut)
-from hjepa.build import parameter_groups
-Accelerator.prepare = prepare
+FSDP = ENVIRONMENT | {"ACCELERATE_USE_FSDP": "true"}
+TRAIN = """
 import sys
+from pathlib import Path
 from hjepa.config import load_config
 from hjepa.train.loop import train
-config = load_config(f"{sys.argv[1]}/one/config.yaml")
-train(config, f"{sys.argv[1]}/cut", progress=False)
-train(config, f"{sys.argv[1]}/resumed", resume=True, progress=False)
+folders = [Path(sys.argv[1]) / run for run in sys.argv[2:]]
+for folder, resume in [(folder, folder.is_dir()) for folder in folders]:
+    train(load_config(folder.parent / "one/config.yaml"), folder, resume=resume, progress=False)
+"""
+FREQUENCIES = """
+import sys
+import torch
+from accelerate import Accelerator
+from hjepa.build import build_model
+from hjepa.config import load_config
+from hjepa.train.sharding import prepare
+accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+model, whole = (build_model(load_config(f"{sys.argv[1]}/one/config.yaml")) for _ in range(2))
+model, _ = prepare(accelerator, model, lambda: torch.optim.AdamW(model.parameters()))
+seen = []
+model.predictor.register_forward_pre_hook(lambda module, args: seen.append(module.rope.table((16, 16)).detach()))
+from hjepa.nn.masks import sample_masks
+sides = model.context_encoder.grid_size
+model(torch.zeros(2, 3, 32, 32), sample_masks(2, sides, levels=2, generator=torch.Generator().manual_seed(0)))
+assert model.predictor.blocks[0].mlp.fc1.weight.placements[0].is_shard()
+torch.save([seen[0], whole.predictor.rope.table((16, 16)).detach()], f"{sys.argv[1]}/{accelerator.process_index}.pt")
+"""
+DIES = """
+import os, signal
+from hjepa.train import checkpoint
+written = checkpoint.write_file
+def dies(path, writer):
+    if ".tmp-6-" in str(path):  # the weights are there, the optimiser is not
+        os.kill(os.getpid(), signal.SIGKILL)
+    written(path, writer)
+checkpoint.write_file = dies
 """
 
 
-def torchrun(script: str, folder: Path) -> None:
+def torchrun(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(script)
-    launch([str(folder / "script.py"), str(folder)])
+    return launch([str(folder / "script.py"), str(folder), *words], FSDP)
 
 
-def launch(words: list[str]) -> None:
-    done = subprocess.run([*TORCHRUN, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def launch(words: list[str], environment: dict[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TORCHRUN, *words], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -84,7 +106,7 @@ def test_two_processes_equal_one(tiny, tmp_path):
     config = tiny("train.steps=5", *ROPE, "loss.regularizer=variance", "loss.regularizer_weight=0.1")
     train(config, tmp_path / "one", progress=False)
     words = ["hjepa", "train", "--config", str(tmp_path / "one/config.yaml"), "--run-dir", str(tmp_path / "two")]
-    launch(["-m", *words])
+    succeed(launch(["-m", *words]))
     assert json.loads((tmp_path / "two/metrics.json").read_text())["processes"] == 2
     for name in ("loss", "loss_level_0", "loss_level_1", "regularizer"):
         torch.testing.assert_close(column(tmp_path / "two", name), column(tmp_path / "one", name), atol=1e-4, rtol=0)
@@ -116,6 +138,56 @@ def test_a_killed_worker_ends_the_job_by_name_and_leaves_a_whole_checkpoint(tiny
     assert load_run(run)[1].train.steps == 4000 and read_state(latest_checkpoint(run))["step"] >= 5
 
 
+LEARNED = {
+    "mixed": ("model.rope.kind=mixed", "train.mixed_precision=no"),
+    "mixed, bfloat16": ("model.rope.kind=mixed", "train.mixed_precision=bf16"),
+    "theta, bfloat16": ("model.rope.learnable=true", "train.mixed_precision=bf16"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:this CPU multiplies")
+def test_cut_models_with_learned_frequencies_train_save_and_resume_as_whole_ones(tiny, tmp_path):
+    for name, options in LEARNED.items():
+        config = tiny("train.steps=6", "train.checkpoint_every=3", "model.rope.use_rope=true", *options)
+        train(config, tmp_path / name / "one", progress=False)
+        shutil.copytree(tmp_path / name / "one", tmp_path / name / "resumed")
+        shutil.rmtree(tmp_path / name / "resumed/checkpoints/step_00000006")
+    succeed(torchrun(TRAIN, tmp_path, *(f"{name}/{run}" for name in LEARNED for run in ("cut", "resumed"))))
+    for name, options in LEARNED.items():
+        within = 1e-5 if "train.mixed_precision=no" in options else 2e-4
+        loss = column(tmp_path / name / "one", "loss")
+        for run in ("cut", "resumed"):
+            torch.testing.assert_close(column(tmp_path / name / run, "loss"), loss, atol=within, rtol=0)
+            assert read_state(latest_checkpoint(tmp_path / name / run))["step"] == 6
+
+
+@pytest.mark.slow
+def test_learned_frequencies_of_a_cut_model_make_float32_tables_under_bfloat16(tiny, tmp_path):
+    """Frequencies in bfloat16 would put the cosines of a 16 x 16 grid off by 0.03."""
+    (tmp_path / "one").mkdir()
+    save_config(tiny("model.rope.use_rope=true", "model.rope.kind=mixed"), tmp_path / "one/config.yaml")
+    succeed(torchrun(FREQUENCIES, tmp_path))
+    for rank in range(2):
+        found, expected = torch.load(tmp_path / f"{rank}.pt")
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_cut_run_killed_while_saving_goes_on_from_its_last_whole_checkpoint(tiny, tmp_path):
+    config = tiny("train.steps=6", "train.checkpoint_every=3", *ROPE)
+    train(config, tmp_path / "one", progress=False)
+    killed = torchrun(DIES + TRAIN, tmp_path, "cut")
+    assert killed.returncode == 1 and "Signal 9 (SIGKILL)" in killed.stderr
+    assert read_state(latest_checkpoint(tmp_path / "cut"))["step"] == 3
+    assert list((tmp_path / "cut/checkpoints").glob(".tmp-6-*"))
+    succeed(torchrun(TRAIN, tmp_path, "cut"))
+    assert [row["step"] for row in read_log(tmp_path / "cut") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(column(tmp_path / "cut", "loss"), column(tmp_path / "one", "loss"), atol=1e-5, rtol=0)
+    assert not list((tmp_path / "cut/checkpoints").glob(".tmp-*"))
+
+
 @pytest.mark.slow
 def test_a_model_cut_over_two_processes_equals_a_whole_one(tiny, tmp_path):
     """FSDP: same losses, measures and checkpoints; a cut run goes on from a whole one's checkpoint, and back."""
@@ -124,7 +196,7 @@ def test_a_model_cut_over_two_processes_equals_a_whole_one(tiny, tmp_path):
     for name in ("resumed", "back"):
         shutil.copytree(tmp_path / "one", tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoints/step_00000006")
-    torchrun(CUT, tmp_path)
+    succeed(torchrun(TRAIN, tmp_path, "cut", "resumed"))
     shutil.copytree(tmp_path / "cut/checkpoints", tmp_path / "back/checkpoints", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "back/checkpoints/step_00000006")
     train(config, tmp_path / "back", resume=True, progress=False)
