@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rotating import Entry, Setup, forward_backward, matmul_speed
 from benchmarks.timing import compare, quartiles, sample, threads, value
-from hjepa.build import build_model, draw_masks, load_split, parameter_groups
+from hjepa.build import build_model, draw_masks, load_split
 from hjepa.config import Config, load_config
 from hjepa.data.images import TrainView
 from hjepa.nn.hjepa import HJEPA
 from hjepa.nn.masks import Masks
+from hjepa.train.optimizer import parameter_groups
 from hjepa.train.schedule import batch_at
 
 ROPE_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "rope_experiment.yaml"

@@ -9,13 +9,14 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     nn.attention nn.vit nn.encoders       timm attention rotated; ContextEncoder, TargetEncoder
     nn.predictor nn.losses nn.hjepa       queries (level, position) -> features; what prevents collapse; HJEPA
     data.openmoji data.folder             drawings; image files and the folders they lie in
-    data.sources data.images              pictures by name, at any image size
+    data.sources data.images data.views   pictures by name, at any image size; crops of whole batches
     config                                YAML -> typed configuration, every key with its range beside it
     train.schedule build                  config -> model, pictures and masks of step t
     train.sharding train.checkpoint       weights on disk, written whole or not at all
     hub                                   load_run, load_pretrained, plain timm exports
     evaluate.measures evaluate.readers    rank, spread, intervals; kNN, retrieval, linear probes
     evaluate.results evaluate.transfer    rows of results; frozen features -> readings at any size
+    train.optimizer train.feed            AdamW and Muon; what a step feeds the model
     train.log train.loop                  the training loop: hjepa.train.train
     evaluate.plots                        data in, matplotlib Axes out
     experiments.notebooks                 a notebook with parameters, in its own process

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from .config import Config, patch_side
 from .data.images import ImageData, load_data
+from .data.views import Crops, draw_crops
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
-from .nn.hjepa import HJEPA
-from .nn.masks import Masks, sample_masks
+from .nn.hjepa import HJEPA, build_projector
+from .nn.masks import Masks, sample_kept, sample_masks
 from .nn.predictor import Predictor
 from .train.schedule import generator_at, mix
+
+VIT_KEYS = ("patch_size", "embed_dim", "depth", "num_heads", "class_token", "act_layer")
 
 
 def plain(section: Any) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
     """The arguments of `create_encoder` that a config asks for, without the EMA schedule."""
     model, rope = config.model, plain(config.model.rope)
     use_rope, theta = rope.pop("use_rope"), rope.pop("theta")
-    vit = {name: getattr(model, name) for name in ("patch_size", "embed_dim", "depth", "num_heads", "class_token")}
+    vit = {name: getattr(model, name) for name in VIT_KEYS}
     vit = {name: value for name, value in vit.items() if value is not None}
     if vit.get("class_token") is False:  # timm then wants mean pooling, whose norm would replace the tokens' norm
         vit |= {"global_pool": "avg", "fc_norm": False}
@@ -69,46 +71,48 @@ def build_encoders(config: Config, *, pretrained: bool = False) -> tuple[Context
         )
 
 
-def build_model(config: Config) -> HJEPA:
+def build_model(config: Config, classes: int | None = None) -> HJEPA:
     """The model of a config as its run has it at step 0: the weights follow from train.seed alone.
 
-    Raises ValueError on options that do not fit, from the layers themselves.
+    classes: number of classes of the data, for the objective labels. Raises ValueError on options that do not fit,
+    from the layers themselves.
     """
     context, target = build_encoders(config, pretrained=config.model.pretrained)
-    arguments = encoder_arguments(config)
+    loss, masked = config.loss, config.objective in ("masks", "both")
     with seeded(mix(config.train.seed, "predictor")):
-        predictor = Predictor(
-            context.embed_dim,
-            **plain(config.model.predictor),
-            levels=len(config.model.level_weights),
-            grid_size=context.grid_size,
-            num_prefix_tokens=context.num_prefix_tokens,
-            **{name: arguments[name] for name in ("use_rope", "rope_theta", "use_absolute", "rope")},
+        predictor = _build_predictor(config, context) if masked else None
+    with seeded(mix(config.train.seed, "projector")):
+        viewed = config.objective in ("views", "both")
+        projector = build_projector(context.embed_dim, **plain(config.model.projector)) if viewed else None
+        model = HJEPA(
+            context,
+            target,
+            predictor,
+            objective=config.objective,
+            level_weights=tuple(config.model.level_weights),
+            distance=loss.kind,
+            regularizer=loss.regularizer,
+            regularizer_weight=loss.regularizer_weight,
+            projector=projector,
+            **{k: getattr(loss, k) for k in ("views", "views_weight", "masks_weight", "temperature", "spread_weight")},
+            teacher=loss.teacher,
+            classes=classes,
         )
     if config.train.grad_checkpointing:
         context.vit.set_grad_checkpointing(True)
-    return HJEPA(
-        context,
-        target,
-        predictor,
-        level_weights=tuple(config.model.level_weights),
-        distance=config.loss.kind,
-        regularizer=config.loss.regularizer,
-        regularizer_weight=config.loss.regularizer_weight,
+    return model
+
+
+def _build_predictor(config: Config, context: ContextEncoder) -> Predictor:
+    arguments = encoder_arguments(config)
+    return Predictor(
+        context.embed_dim,
+        **plain(config.model.predictor),
+        levels=len(config.model.level_weights),
+        grid_size=context.grid_size,
+        num_prefix_tokens=context.num_prefix_tokens,
+        **{name: arguments[name] for name in ("use_rope", "rope_theta", "use_absolute", "rope")},
     )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: the weights of linear and convolution layers decay; biases, norms, tokens, position tables and
-    frequencies do not. Parameters without gradient (the target encoder) are in neither."""
-    matrices = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in matrices], "weight_decay": 0.0},
-    ]
 
 
 def train_sizes(config: Config) -> list[int]:
@@ -130,13 +134,41 @@ def load_split(config: Config, split: str) -> ImageData:
     )
 
 
-def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks:
-    """The masks of the whole global batch of a step."""
+def small_side(config: Config, side: int) -> int:
+    """Side of a small view in pixels beside large ones of `side`: views.small_size of it, to the nearest patch."""
+    patch = patch_side(config.model.encoder_type, config.model.patch_size)
+    return max(1, round(config.views.small_size * side / patch)) * patch
+
+
+def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks | None:
+    """The masks of the whole global batch of a step, of all large views of it; None where every patch is seen."""
+    generator = generator_at(config.train.seed, step, "masks")
+    if config.objective == "labels" or (config.objective == "views" and config.views.keep == 1):
+        return None
+    count = config.train.batch_size * (1 if config.objective == "masks" else config.views.large)
+    if config.objective == "views":
+        return sample_kept(count, grid_size, config.views.keep, generator)
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain(config.masks).items()}
-    return sample_masks(
-        config.train.batch_size,
-        grid_size,
-        levels=len(config.model.level_weights),
-        generator=generator_at(config.train.seed, step, "masks"),
-        **options,
+    levels = len(config.model.level_weights)
+    return sample_masks(count, grid_size, levels=levels, generator=generator, **options)
+
+
+def draw_views(config: Config, step: int) -> tuple[list[Crops], list[Crops]]:
+    """Large and small views of every picture of the global batch of a step."""
+    options, generator = config.views, generator_at(config.train.seed, step, "views")
+    counts = options.large, 0 if config.objective == "labels" else options.small
+    large, small = (
+        [
+            draw_crops(
+                config.train.batch_size,
+                scale,
+                flip=config.data.flip,
+                color_jitter=options.color_jitter,
+                grey=options.grey,
+                generator=generator,
+            )
+            for _ in range(count)
+        ]
+        for count, scale in zip(counts, (options.large_scale, options.small_scale), strict=True)
     )
+    return large, small

@@ -24,8 +24,8 @@ from .data.images import DATASETS
 from .files import dump_yaml, parse_yaml, read_yaml, write_whole
 from .inputs import nearest, size_pair
 from .nn.frequencies import COORDINATES, KINDS, STRATEGIES
-from .nn.hjepa import DISTANCES
-from .nn.losses import REGULARIZERS
+from .nn.hjepa import DISTANCES, OBJECTIVES
+from .nn.losses import REGULARIZERS, VIEW_LOSSES
 
 LARGEST = 10**18
 
@@ -84,6 +84,14 @@ class PredictorConfig:
 
 
 @dataclass
+class ProjectorConfig:
+    """The small network between features and the view loss, thrown away after training."""
+
+    hidden: int = key(512, at_least=1)  # width of its hidden layer
+    out: int = key(128, at_least=1)  # width of its output
+
+
+@dataclass
 class ModelConfig:
     """The two encoders and the predictor; null means the encoder type's own value."""
 
@@ -93,10 +101,12 @@ class ModelConfig:
     depth: int | None = key(4, at_least=1)  # layers
     num_heads: int | None = key(4, at_least=1)  # attention heads
     class_token: bool | None = False  # keep a CLS token
+    act_layer: str | None = key(None, choices=(None, "gelu", "gelu_tanh", "relu", "silu"))  # of the MLPs
     pretrained: bool = False  # start from timm's published weights
     use_absolute: bool = True  # keep the learned position table
     rope: RopeConfig = field(default_factory=RopeConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     level_weights: list[float] = key([1.0, 0.5, 0.25])  # one loss weight per level
 
 
@@ -111,12 +121,33 @@ class MasksConfig:
 
 
 @dataclass
+class ViewsConfig:
+    """Crops of each picture, for the objectives views, both and labels (large ones only)."""
+
+    large: int = key(2, at_least=1)  # views of data.image_size
+    small: int = key(4, at_least=0)  # views of a smaller size
+    small_size: float = key(0.5, above=0, at_most=1)  # their side, in image sizes
+    large_scale: list[float] = key([0.3, 1.0], interval=1.0)  # area share of a large view
+    small_scale: list[float] = key([0.05, 0.3], interval=1.0)  # area share of a small view
+    color_jitter: float = key(0.4, at_least=0, at_most=1)  # brightness, contrast, saturation: factors 1 +- this
+    grey: float = key(0.2, at_least=0, at_most=1)  # share of views without colour
+    keep: float = key(0.5, above=0, at_most=1)  # views alone: share of a large view's patches that is encoded
+    coordinates: str = key("view", choices=("view", "picture"))  # positions in the view, or in its picture (RoPE)
+
+
+@dataclass
 class LossConfig:
     """How a guess is compared with its target, and what keeps features from collapsing."""
 
     kind: str = key("smooth_l1", choices=DISTANCES)  # distance between prediction and target, or mse
     regularizer: str = key("none", choices=REGULARIZERS)  # none, variance or sketched_gaussian
     regularizer_weight: float = key(0.0, at_least=0)  # its weight in the loss
+    views: str = key("contrastive", choices=VIEW_LOSSES)  # how views are held together and pictures apart
+    temperature: float = key(0.1, above=0)  # of contrastive
+    spread_weight: float = key(0.02, at_least=0, at_most=1)  # of the regularizer in the other two
+    views_weight: float = key(1.0, at_least=0)  # of the views under the objective both
+    masks_weight: float = key(1.0, at_least=0)  # of the masked cells under the objective both
+    teacher: bool = False  # views are compared with the target encoder's embeddings of the large ones
 
 
 @dataclass
@@ -126,14 +157,16 @@ class TrainConfig:
     steps: int = key(1500, at_least=1)  # optimiser steps
     batch_size: int = key(64, at_least=1)  # images per optimiser step
     accumulate: int = key(1, at_least=1)  # parts that a process cuts its share of the batch into
+    optimizer: str = key("adamw", choices=("adamw", "muon"))  # muon: for the matrices of blocks, AdamW for the rest
     lr: float = key(1e-3, above=0)  # peak learning rate of AdamW
+    muon_lr: float = key(1e-2, above=0)  # peak learning rate of Muon
     min_lr: float = key(1e-5, at_least=0)  # learning rate at the end of the cosine
     warmup: int = key(100, at_least=0)  # steps of linear warm-up
     weight_decay: float = key(0.05, at_least=0)  # on matrices only
     clip_grad: float = key(1.0, above=0)  # largest gradient norm
     ema_start: float = key(0.99, at_least=0, at_most=1)  # momentum of the target encoder at step 0
     ema_end: float = key(1.0, at_least=0, at_most=1)  # momentum at the last step
-    mixed_precision: str = key("no", choices=("no", "bf16", "fp16"))  # no, bf16 or fp16
+    mixed_precision: str = key("auto", choices=("auto", "no", "bf16", "fp16"))  # auto: what the processor is fast in
     seed: int = key(0, at_least=0)  # everything random follows from it
     num_workers: int = key(0, at_least=0)  # loader processes
     threads: int = key(2, at_least=1)  # CPU threads of torch
@@ -160,9 +193,11 @@ class EvaluateConfig:
 class Config:
     """Everything a run depends on."""
 
+    objective: str = key("masks", choices=OBJECTIVES)  # what is learned: masks, views, both, or labels
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     masks: MasksConfig = field(default_factory=MasksConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -308,8 +343,9 @@ def _check_value(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}={value} must be two numbers, 0 < smallest <= largest <= {top}")
     choices = allowed.get("choices", (value,))
     if value not in choices:
-        near = nearest(value, choices) or "none"
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}; nearest: {near}")
+        words = [word for word in choices if word is not None]
+        near = nearest(value, words) or "none"
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(words)}; nearest: {near}")
 
 
 def _check_number(name: str, number: float, allowed: Mapping[str, Any]) -> None:
@@ -329,6 +365,11 @@ def _check_together(values: Mapping[str, Any]) -> None:
     for name, parts in DIVISIBLE.items():
         if values[name] and values[parts] and values[name] % values[parts]:
             raise ValueError(f"{name}={values[name]} is not divisible by {parts}={values[parts]}")
+    if values["views.coordinates"] == "picture" and values["model.rope.strategy"] != "interpolate":
+        strategy = f"model.rope.strategy={values['model.rope.strategy']}"
+        raise ValueError(f"views.coordinates=picture needs RoPE with model.rope.strategy=interpolate, not {strategy}")
+    if values["objective"] in ("views", "both") and values["views.large"] + values["views.small"] < 2:
+        raise ValueError(f"views.large={values['views.large']} and views.small={values['views.small']} make one view")
     if values["train.ema_end"] < values["train.ema_start"]:
         start = f"train.ema_start={values['train.ema_start']}"
         raise ValueError(f"train.ema_end={values['train.ema_end']} must not be below {start}")

@@ -29,7 +29,7 @@ import yaml
 from omegaconf import OmegaConf
 from PIL import Image
 
-from hjepa.build import build_model, parameter_groups
+from hjepa.build import build_model
 from hjepa.config import KEYS, default_config, load_config
 from hjepa.data.folder import read_image
 from hjepa.data.images import load_data
@@ -38,6 +38,7 @@ from hjepa.experiments.sweep import load_sweep
 from hjepa.hub import load_checkpoint, save_checkpoint
 from hjepa.nn.encoders import create_encoder
 from hjepa.train.checkpoint import STATE, _digest_of
+from hjepa.train.optimizer import parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20

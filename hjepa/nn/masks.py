@@ -36,13 +36,31 @@ class Masks:
     context_idx: Tensor
     target_idx: tuple[Tensor, ...]
 
-    def rows(self, rows: slice) -> "Masks":
-        """The masks of some samples."""
-        return Masks(self.context_idx[rows], tuple(t[rows] for t in self.target_idx))
+    def rows(self, rows: slice, views: int = 1) -> "Masks":
+        """The masks of some samples; of some pictures, where the samples are `views` views of each, view by view."""
+        context, *targets = (
+            t.unflatten(0, (views, -1))[:, rows].flatten(0, 1) for t in (self.context_idx, *self.target_idx)
+        )
+        return Masks(context, tuple(targets))
 
     def to(self, device: torch.device | str) -> "Masks":
         """The masks on a device."""
         return Masks(self.context_idx.to(device), tuple(t.to(device) for t in self.target_idx))
+
+
+def sample_kept(
+    batch_size: int, grid_size: tuple[int, int], share: float, generator: torch.Generator | None = None
+) -> Masks:
+    """A random share of the patches of each sample, nothing asked for: masks without targets.
+
+    Raises:
+        ValueError: a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} of patches kept must be above 0 and at most 1")
+    patches = grid_size[0] * grid_size[1]
+    order = torch.rand(batch_size, patches, generator=generator).argsort(dim=1)
+    return Masks(order[:, : max(1, round(share * patches))].sort(dim=1).values, ())
 
 
 def level_grid(grid_size: tuple[int, int], level: int) -> tuple[int, int]:

@@ -109,8 +109,10 @@ def _board(folder: Path, first_step: int) -> Any:
 def log_columns(levels: int) -> list[str]:
     """Fields of a log row; effective_rank and knn stand only in rows that are evaluations."""
     parts = [f"loss_level_{level}" for level in range(levels)]
-    return ["step", "loss", *parts, "regularizer", "cosine", "grad_norm", "lr", "momentum", "images_per_s",
-            "feature_std", "effective_rank", "knn"]  # fmt: skip
+    return [
+        *("step", "loss", *parts, "loss_views", "regularizer", "cosine", "grad_norm", "lr", "momentum"),
+        *("images_per_s", "feature_std", "effective_rank", "knn"),
+    ]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -28,20 +28,21 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..build import build_encoders, build_model, draw_masks, load_split, parameter_groups, train_sizes
+from ..build import build_encoders, build_model, draw_masks, load_split, train_sizes
 from ..config import Config, save_config
-from ..data.images import ImageData, TrainView
+from ..data.images import ImageData
 from ..evaluate.measures import effective_rank, feature_std
 from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
 from ..inputs import patch_grid
 from ..nn.encoders import TargetEncoder
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .feed import Feed
 from .log import RunLog, check_run_dir, log_columns, summary
-from .schedule import StepSampler, generator_at, lr_at, mix, share, size_at
+from .optimizer import build_optimizer
+from .schedule import generator_at, lr_at, mix, share
 from .sharding import fsdp_plugin, is_sharded, prepare, whole_optimizer, whole_weights
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
@@ -71,10 +72,11 @@ class _Run:
         self.config, self.run_dir = config, run_dir
         options = config.train
         check_run_dir(config, run_dir, resume)
-        self.accelerator = _accelerator(options.mixed_precision, options.accumulate)
         torch.set_num_threads(options.threads)
+        self.precision = choose_precision(options.mixed_precision)
+        self.accelerator = _accelerator(self.precision, options.accumulate)
         if self.accelerator.is_main_process and self.accelerator.device.type == "cpu":
-            _warn_if_slow(options.mixed_precision)
+            _warn_if_slow(self.precision)
         self.main, self.progress = self.accelerator.is_main_process, progress and self.accelerator.is_main_process
         self.rows = [
             share(
@@ -100,9 +102,13 @@ class _Run:
     def _build(self) -> int:
         """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
         options = self.config.train
-        self.plain = build_model(self.config)
+        self.plain = build_model(self.config, len(self.train_data.classes))
+
         def optimizer() -> torch.optim.Optimizer:
-            return torch.optim.AdamW(parameter_groups(self.plain, options.weight_decay), lr=options.lr, fused=True)
+            return build_optimizer(
+                self.plain, kind=options.optimizer, lr=options.lr, muon_lr=options.muon_lr,
+                weight_decay=options.weight_decay,
+            )  # fmt: skip
 
         self.model, self.optimizer = prepare(self.accelerator, self.plain, optimizer)
         self.plain = self.accelerator.unwrap_model(self.model)
@@ -126,11 +132,11 @@ class _Run:
                 self.log.write({"step": 0, **measures})
         self.model.train()
         bar = tqdm(total=options.steps, initial=self.start, disable=not self.progress, unit="step")
-        batches, tick, images = self.batches(), time.perf_counter(), 0
+        feed, tick, images = self.feed(), time.perf_counter(), 0
         for step in range(self.start, options.steps):
             measuring = _due(step + 1, options.eval_every, options.steps)
             logging = measuring or _due(step + 1, options.log_every, options.steps)
-            row, images = self.step(step, batches, logging), images + options.batch_size
+            row, images = self.step(step, feed, logging), images + options.batch_size
             if logging:
                 self.report(row | {"images_per_s": images / (time.perf_counter() - tick)}, measuring, bar)
             bar.update()
@@ -142,58 +148,50 @@ class _Run:
         bar.close()
         return self.finish(time.perf_counter() - began)
 
-    def batches(self) -> Iterator[Tensor]:
-        config, options = self.config, self.config.train
-        view = TrainView(
+    def feed(self) -> Iterator[dict[str, Any]]:
+        """The arguments of the model for every micro-batch from here to the last step."""
+        half = self.precision == "bf16" and self.accelerator.device.type == "cpu"
+        return iter(Feed(
+            self.config,
             self.train_data,
-            config.data.image_size,
-            crop_scale=tuple(config.data.crop_scale),
-            flip=config.data.flip,
-            color_jitter=config.data.color_jitter,
-        )
-        steps = range(self.start, options.steps)
-        sampler = StepSampler(
-            steps,
+            range(self.start, self.config.train.steps),
             self.rows,
-            size=len(self.train_data),
-            batch_size=options.batch_size,
-            seed=options.seed,
-            sides=train_sizes(config),
-        )
-        pin = self.accelerator.device.type == "cuda"
-        return iter(DataLoader(view, batch_sampler=sampler, num_workers=options.num_workers, pin_memory=pin))  # type: ignore[arg-type]
+            self.plain.context_encoder.patch_size,
+            self.accelerator.device,
+            torch.bfloat16 if half else torch.float32,
+        ))  # fmt: skip
 
     def grid(self, side: int) -> tuple[int, int]:
         """The patch grid of a square image of that side."""
         return (side // self.plain.context_encoder.patch_size,) * 2
 
-    def step(self, step: int, batches: Iterator[Tensor], logging: bool = True) -> dict[str, Any]:
+    def step(self, step: int, feed: Iterator[dict[str, Any]], logging: bool = True) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its log row, without feature_std if not logging."""
-        options, device = self.config.train, self.accelerator.device
+        options = self.config.train
         lr = lr_at(step, steps=options.steps, lr=options.lr, min_lr=options.min_lr, warmup=options.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        side = size_at(step, sizes=train_sizes(self.config), seed=options.seed)
-        masks = draw_masks(self.config, self.grid(side), step)
+            group["lr"] = group["peak"] * lr / options.lr
         numbers, pooled = [], []
-        for rows in self.rows:
-            images = next(batches).to(device, non_blocking=True)
+        for _ in self.rows:
+            arguments = next(feed)
             torch.manual_seed(mix(options.seed, step, "noise"))
             with self.accelerator.accumulate(self.model):
-                out = self.model(images, masks.rows(rows).to(device))
-                numbers.append(torch.stack([out.loss.detach(), *out.level_losses, out.regularizer, out.cosine]).float())
-                pooled.append(out.targets[0].float().mean(1))
+                out = self.model(**arguments)
+                parts = [out.loss.detach(), *out.level_losses, out.view_loss, out.regularizer, out.cosine]
+                numbers.append(torch.stack(parts).float())
+                pooled.append(out.features.float())
                 self.accelerator.backward(out.loss)
                 if self.accelerator.sync_gradients:
-                    loss, *levels, regularizer, cosine = self.reduce(torch.stack(numbers).mean(0), step)
+                    loss, *levels, views, regularizer, cosine = self.reduce(torch.stack(numbers).mean(0), step)
                     grad_norm = self.update(step)
         momentum = None
         if not self.accelerator.optimizer_step_was_skipped:
-            momentum = self.plain.target_encoder.update_from_context_encoder(self.plain.context_encoder, step)
+            momentum = self.plain.update_target(step)
         row = {
             "step": step + 1,
             "loss": loss,
             **{f"loss_level_{level}": value for level, value in enumerate(levels)},
+            **({"loss_views": views} if self.plain.projector is not None else {}),
             "regularizer": regularizer,
             "cosine": cosine,
             "grad_norm": grad_norm,
@@ -322,6 +320,21 @@ def _accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
     if accelerator.num_processes != asked:
         raise RuntimeError(f"torchrun started {asked} processes, Accelerate sees {accelerator.num_processes}")
     return accelerator
+
+
+def choose_precision(asked: str) -> str:
+    """The mixed precision of a run: `asked`, or for "auto" what this machine is fast in.
+
+    A GPU that has bfloat16 gets it. A CPU gets it where its products of matrices are half as fast again as in
+    float32 (AVX512-BF16, AMX), measured now: without such instructions bfloat16 is emulated, up to a hundred times
+    more slowly.
+    """
+    if asked != "auto":
+        return asked
+    if torch.accelerator.is_available():
+        cuda = torch.cuda.is_available()
+        return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if 1.5 * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32) else "no"
 
 
 def _warn_if_slow(mixed_precision: str) -> None:

@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from hjepa.build import build_encoders, build_model, parameter_groups
+from hjepa.build import build_encoders, build_model
 from hjepa.cli import main
 from hjepa.config import save_config
 from hjepa.hub import (
@@ -27,6 +27,7 @@ from hjepa.hub import (
     save_checkpoint,
 )
 from hjepa.train import checkpoint as storage
+from hjepa.train.optimizer import parameter_groups
 
 ROPE = ("model.rope.use_rope=true", "model.rope.theta=100")
 FILES = ("model.safetensors", "optimizer.pt", "state.json")

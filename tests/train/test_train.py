@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hjepa.build import build_encoders, build_model, draw_masks, load_split, parameter_groups
+from hjepa.build import build_encoders, build_model, draw_masks, load_split
 from hjepa.config import save_config
 from hjepa.data.images import TrainView
 from hjepa.evaluate.transfer import effective_rank, encode, knn_accuracy
@@ -23,6 +23,7 @@ from hjepa.train import checkpoint as storage
 from hjepa.train import loop as train_module
 from hjepa.train.log import read_log
 from hjepa.train.loop import TrainingDiverged, train
+from hjepa.train.optimizer import parameter_groups
 from hjepa.train.schedule import size_at
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(train_module.__file__).parents[2])}
@@ -97,8 +98,8 @@ def test_ema_runs_once_per_optimiser_step_and_after_it(tiny, tmp_path, monkeypat
     name, after_step, calls = "vit.blocks.0.mlp.fc1.weight", [], []
     built = {}
 
-    def remember(config):
-        built["model"] = build_model(config)
+    def remember(*arguments):
+        built["model"] = build_model(*arguments)
         return built["model"]
 
     def update(self, context_encoder, current_step):

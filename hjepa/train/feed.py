@@ -1,0 +1,116 @@
+"""What a step feeds the model: pictures, cut into views on the device, with masks and labels.
+
+Loader processes hand over whole batches as they are stored, uint8. Crops and masks are drawn for the global batch
+from (seed, step); each process cuts its own rows. The objective masks alone has one crop per picture, which the
+loader makes (`data.images.TrainView`).
+
+Not covered: data sets whose pictures have no common shape: `SourcePictures` makes them square.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..build import draw_masks, draw_views, small_side, train_sizes
+from ..config import Config
+from ..data.images import ImageData, TrainView
+from ..data.sources import fit
+from ..data.views import Crops, cut, places
+from .schedule import StepSampler, size_at
+
+
+class SourcePictures(Dataset):
+    """Pictures for cropping with their labels: (uint8 `[3, side, side]`, label), indexed by (picture, ..)."""
+
+    def __init__(self, data: ImageData, side: int) -> None:
+        self.data, self.side = data, side
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: Sequence[int]) -> tuple[Tensor, Tensor]:
+        picture = self.data.source(key[0])
+        if picture.shape[1:] != (self.side, self.side):
+            picture = fit(picture, self.side, self.side, fill=None)
+        return picture, self.data.labels[key[0]]
+
+
+class Feed:
+    """Iterates over the keyword arguments of `HJEPA.forward`, one per micro-batch of each step.
+
+    Args:
+        config: of the run.
+        data: training pictures.
+        steps: to go through.
+        rows: of the global batch, one slice per micro-batch (`schedule.share`).
+        patch_size: side of a patch, pixels.
+        device: where views are made.
+        dtype: precision in which they are cut.
+    """
+
+    def __init__(
+        self, config: Config, data: ImageData, steps: range, rows: Sequence[slice], patch_size: int,
+        device: torch.device, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.config, self.data, self.steps, self.rows = config, data, steps, rows
+        self.patch_size, self.device, self.dtype = patch_size, device, dtype
+        self.sides = train_sizes(config)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        options = self.config.train
+        batches = iter(self._loader())
+        for step in self.steps:
+            side = size_at(step, sizes=self.sides, seed=options.seed)
+            masks = draw_masks(self.config, (side // self.patch_size,) * 2, step)
+            alone = self.config.objective == "masks"
+            crops = None if alone else draw_views(self.config, step)
+            for rows in self.rows:
+                batch = next(batches)
+                if crops is None:
+                    images = batch.to(self.device, non_blocking=True)
+                    yield {"images": images, "masks": None if masks is None else masks.rows(rows).to(self.device)}
+                else:
+                    arguments = self._views(batch, crops, side, rows)
+                    if masks is not None:
+                        arguments["masks"] = masks.rows(rows, self.config.views.large).to(self.device)
+                    yield arguments
+
+    def _loader(self) -> DataLoader:
+        config, options = self.config, self.config.train
+        sampler = StepSampler(
+            self.steps, self.rows, size=len(self.data), batch_size=options.batch_size, seed=options.seed,
+            sides=self.sides,
+        )  # fmt: skip
+        pictures: Any = SourcePictures(self.data, 2 * max(self.sides))
+        if config.objective == "masks":
+            pictures = TrainView(
+                self.data,
+                config.data.image_size,
+                crop_scale=tuple(config.data.crop_scale),
+                flip=config.data.flip,
+                color_jitter=config.data.color_jitter,
+            )
+        pin = self.device.type == "cuda"
+        return DataLoader(pictures, batch_sampler=sampler, num_workers=options.num_workers, pin_memory=pin)  # type: ignore[arg-type]
+
+    def _views(
+        self, batch: Sequence[Tensor], crops: tuple[list[Crops], list[Crops]], side: int, rows: slice
+    ) -> dict[str, Any]:
+        """Views of a batch of pictures `[B, 3, S, S]` with labels `[B]`, as arguments of the model."""
+        pictures, labels = (t.to(self.device, non_blocking=True) for t in batch)
+        arguments: dict[str, Any] = {"pictures": len(pictures)}
+        kinds = (("images", "places", side), ("small", "small_places", small_side(self.config, side)))
+        for (name, where, pixels), drawn in zip(kinds, crops, strict=True):
+            views = [view.rows(rows).to(self.device) for view in drawn]
+            if views:
+                cuts = [cut(pictures, v, pixels, self.data.mean, self.data.std, self.dtype) for v in views]
+                arguments[name] = torch.cat(cuts)
+            if views and self.config.views.coordinates == "picture":
+                grid = (pixels // self.patch_size,) * 2
+                arguments[where] = torch.cat([places(v, grid) for v in views])
+        if self.config.objective == "labels":
+            arguments["labels"] = labels
+        return arguments
