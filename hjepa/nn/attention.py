@@ -46,7 +46,7 @@ def attend(
     with torch.autocast("cpu", enabled=False) if dtype in HALF and q.dtype not in HALF else nullcontext():
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(q.dtype)
-        if _is_short(q, dtype, attn_mask):
+        if training and _is_short(q, dtype, attn_mask):
             q, k, v = (part.to(dtype) for part in (q, k, v))
             out = attn.attn_drop(weights(q, k, attn.scale)) @ v
         elif attn.fused_attn:

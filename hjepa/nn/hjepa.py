@@ -116,7 +116,7 @@ class HJEPA(nn.Module):
         check_choice("objective", objective, OBJECTIVES)
         check_choice("loss.kind", distance, DISTANCES)
         check_choice("loss.regularizer", regularizer, REGULARIZERS)
-        check_choice("loss.views", views, VIEW_LOSSES)
+        check_choice("loss.view_loss", views, VIEW_LOSSES)
         if not 1 <= len(level_weights) <= 4:
             raise ValueError(f"level_weights={list(level_weights)} must name 1 to 4 levels")
         needed = {"predictor": (predictor, ("masks", "both")), "projector": (projector, ("views", "both"))}

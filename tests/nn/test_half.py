@@ -50,7 +50,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 def test_half_precision_on_a_cpu_attends_in_float32(
     name: str, options: dict[str, Any], dtype: torch.dtype, seen: list[torch.dtype]
 ) -> None:
-    layer = layers(**options)[name]
+    layer = layers(**options)[name].eval()
     exact = layer(tokens())
     with torch.autocast("cpu", dtype):
         mixed = layer(tokens())
@@ -59,6 +59,21 @@ def test_half_precision_on_a_cpu_attends_in_float32(
     assert mixed.dtype == narrow.dtype == dtype
     for out in (mixed, narrow):
         torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "rope"])
+def test_training_in_bfloat16_takes_plain_products_close_to_the_exact_ones(name: str, seen: list[torch.dtype]) -> None:
+    """Up to SHORT tokens, where torch's attention and its backward pass are slower; values and gradients agree."""
+    layer, x = layers()[name].train(), tokens().requires_grad_()
+    exact = layer(x)
+    (expected,) = torch.autograd.grad(exact.square().sum(), x)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer(x)
+    (found,) = torch.autograd.grad(mixed.float().square().sum(), x)
+    assert seen == []
+    torch.testing.assert_close(mixed.float(), exact, atol=2e-2, rtol=0)
+    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"scale_norm": True}])
