@@ -16,6 +16,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     hub                                   load_run, load_pretrained, plain timm exports
     evaluate.measures evaluate.readers    rank, spread, intervals; kNN, retrieval, linear probes
     evaluate.results evaluate.transfer    rows of results; frozen features -> readings at any size
+    evaluate.baselines                    thumbnails, colour histogram, HOG
     train.optimizer train.feed            AdamW and Muon; what a step feeds the model
     train.log train.loop                  the training loop: hjepa.train.train
     evaluate.plots                        data in, matplotlib Axes out

@@ -147,8 +147,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
     from .build import build_encoders, load_split, plain
+    from .evaluate.baselines import baselines
     from .evaluate.results import format_table, rows_to_csv
-    from .evaluate.transfer import raw_pixels, resolution_transfer
+    from .evaluate.transfer import resolution_transfer
     from .files import fresh_path
     from .hub import load_run
 
@@ -162,8 +163,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--run {name} was trained with other data settings than {arguments.run[0]}")
     encoders = _views(loaded, arguments.strategy)
     size = config.data.image_size
-    encoders |= {"random init": build_encoders(config)[0].eval(), "raw pixels": raw_pixels(size)}
     splits = [load_split(config, split) for split in ("train", "test")]
+    encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
     torch.set_num_threads(config.train.threads)
     reading = plain(config.evaluate)
     reading["sizes"] = asked or reading["sizes"]

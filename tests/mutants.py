@@ -97,6 +97,8 @@ MUTANTS = [
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
     Mutant("nearest by dot product", "evaluate/readers", "(asked @ known.T).topk", "((queries - mean) @ (gallery - mean).T).topk", "metrics"),
+    Mutant("a picture among its own neighbours", "evaluate/readers", ".fill_diagonal_(-math.inf)", "", "baselines"),
+    Mutant("colours left normalised", "evaluate/baselines", "(images.cpu() * scale + shift)", "images", "baselines"),
     Mutant("features of neighbours not centred", "evaluate/readers", "mean = gallery.mean(dim=0)", "mean = 0", "metrics"),
     Mutant("weakest penalty, not the strongest", "evaluate/readers", "return int(np.argmax(share >= best - math", "return int(np.argmax(share >= best - 0 * math", "metrics"),
     Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),

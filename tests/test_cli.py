@@ -24,7 +24,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "rope"
-    words = ["train", "model.rope.use_rope=true", "--run", str(folder), *SMALL]
+    words = ["train", "model.rope.use_rope=true", "train.warmup=0", "train.lr=0.02", "--run", str(folder), *SMALL]
     assert main(words) == 0
     return folder
 
@@ -97,7 +97,7 @@ def test_evaluate_reads_the_same_weights_under_each_strategy(run, tmp_path, caps
     words = ["evaluate", "--run", str(run), "--sizes", "32,48x96", "--strategy", "extrapolate,interpolate"]
     assert main([*words, "--out", str(tmp_path / "e.csv")]) == 0
     rows = rows_from_csv(tmp_path / "e.csv")
-    names = ["rope extrapolate", "rope interpolate", "random init", "raw pixels"]
+    names = ["rope extrapolate", "rope interpolate", "random init", "raw pixels", "colour histogram", "HOG"]
     assert list(dict.fromkeys(row["encoder"] for row in rows)) == names
     assert {row["size"] for row in rows} == {(64, 64), (32, 32), (48, 96)}
     assert "probe" in capsys.readouterr().out

@@ -8,6 +8,7 @@ HOMES = {
         *("resolution_transfer", "with_strategy"),
     ],
     "readers": ["knn_accuracy", "linear_probe", "probe_hits", "retrieval_hits"],
+    "baselines": ["baselines", "best_side", "colour_histogram", "hog"],
     "measures": [
         *("bootstrap_interval", "effective_rank", "feature_std"),
         *("jackknife_interval", "linear_cka", "one_thread"),

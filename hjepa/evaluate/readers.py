@@ -43,11 +43,24 @@ def knn_accuracy(
         raise ValueError(f"k={k} neighbours: a gallery of {len(gallery)} allows 1 to {len(gallery)}")
     mean = gallery.mean(dim=0)
     known, asked = F.normalize(gallery - mean, dim=1), F.normalize(queries - mean, dim=1)
-    similarity, index = (asked @ known.T).topk(k, dim=1)  # [Q, k]
-    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # the same vote, without overflow
-    votes = torch.zeros(len(queries), int(gallery_labels.max()) + 1)
+    return _vote(asked @ known.T, gallery_labels, k, temperature) == query_labels
+
+
+def leave_one_out_knn(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """Hits [N] (bool) of `knn_accuracy` where each picture is asked about with all others as gallery (k at most
+    N - 1): for choices made on training pictures."""
+    x = F.normalize(features - features.mean(dim=0), dim=1)
+    similarity = (x @ x.T).fill_diagonal_(-math.inf)
+    return _vote(similarity, labels, min(k, len(x) - 1), temperature) == labels
+
+
+def _vote(similarity: Tensor, gallery_labels: Tensor, k: int, temperature: float) -> Tensor:
+    """The class [Q] with most weight among the k most similar, similarity [Q, G]."""
+    nearest, index = similarity.topk(k, dim=1)  # [Q, k]
+    weight = ((nearest - nearest[:, :1]) / temperature).exp()  # the same vote, without overflow
+    votes = similarity.new_zeros(len(similarity), int(gallery_labels.max()) + 1)
     votes.scatter_add_(1, gallery_labels[index], weight)
-    return votes.argmax(dim=1) == query_labels
+    return votes.argmax(dim=1)
 
 
 def retrieval_hits(queries: Tensor, gallery: Tensor) -> Tensor:

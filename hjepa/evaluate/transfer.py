@@ -135,12 +135,14 @@ def raw_pixels(size: Size) -> EncoderLike:
     """Baseline without an encoder: images resized to `size` (bilinear, antialiased) and flattened."""
     target = size_pair(size)
 
-    def pixels(images: Tensor) -> Tensor:
-        if tuple(images.shape[-2:]) != target:
-            images = F.interpolate(images, target, mode="bilinear", antialias=True)
-        return images.flatten(1)
+    return lambda images: resized(images, target).flatten(1)
 
-    return pixels
+
+def resized(images: Tensor, target: tuple[int, int]) -> Tensor:
+    """Images [B, 3, h, w] -> [B, 3, *target], bilinear, antialiased; as they are if they have that size."""
+    if tuple(images.shape[-2:]) == target:
+        return images
+    return F.interpolate(images, target, mode="bilinear", antialias=True)
 
 
 # ---- resolution transfer
@@ -181,7 +183,7 @@ def resolution_transfer(
         patch = getattr(encoder, "patch_size", None)
         for size in asked if patch is not None else []:
             patch_grid(size, patch)
-    train_index, test_index = _subset(len(train), gallery, seed), _subset(len(test), queries, seed)
+    train_index, test_index = subset(len(train), gallery, seed), subset(len(test), queries, seed)
     y_train, y_test = train.labels[train_index], test.labels[test_index]
     k, rows = min(knn_k, len(train_index)), []
     fitted: dict[str, tuple[Pipeline, Tensor, Tensor]] = {}  # name -> probe, train and test features
@@ -209,7 +211,8 @@ def resolution_transfer(
     return rows
 
 
-def _subset(total: int, count: int | None, seed: int) -> Tensor:
+def subset(total: int, count: int | None, seed: int) -> Tensor:
+    """A seeded choice of `count` of `total` pictures, in order (None: all)."""
     if count is None or count >= total:
         return torch.arange(total)
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
