@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant("fractions rounded away", "nn/predictor", "*query_positions), dim=1).float()", "*query_positions), dim=1).float().round()", "predictor"),
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
-    Mutant("nearest by dot product", "evaluate/readers", "(asked @ known.T).topk", "((queries - mean) @ (gallery - mean).T).topk", "metrics"),
+    Mutant("nearest by dot product", "evaluate/readers", "_vote(asked @ known.T,", "_vote((queries - mean) @ (gallery - mean).T,", "metrics"),
     Mutant("a picture among its own neighbours", "evaluate/readers", ".fill_diagonal_(-math.inf)", "", "baselines"),
     Mutant("colours left normalised", "evaluate/baselines", "(images.cpu() * scale + shift)", "images", "baselines"),
     Mutant("features of neighbours not centred", "evaluate/readers", "mean = gallery.mean(dim=0)", "mean = 0", "metrics"),

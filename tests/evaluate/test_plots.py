@@ -76,13 +76,15 @@ def test_transfer_figure_shades_each_interval_in_the_colour_of_its_line():
 
 
 def test_baselines_are_grey_and_dashed_and_encoders_are_not():
-    lines = _lines(transfer_figure(_rows(dict.fromkeys(["rope", "random init", "raw pixels"], [0.5] * 3)), "probe", 64))
+    names = ["rope", "random init", "raw pixels", "colour histogram", "HOG"]
+    lines = _lines(transfer_figure(_rows(dict.fromkeys(names, [0.5] * 3)), "probe", 64))
     for name, line in lines.items():
         if name == "_training size":
             continue
         r, g, b = matplotlib.colors.to_rgb(line.get_color())
         assert (r == g == b) is (line.get_linestyle() == "--") is (name != "rope")
-    assert BASELINES == ("random", "pixels")
+    assert BASELINES == ("random", "pixels", "histogram", "hog")
+    assert len({line.get_color() for line in lines.values()}) == len(names) + 1
 
 
 def test_non_square_sizes_stand_at_the_square_root_of_their_area_and_are_named():
