@@ -9,7 +9,8 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     nn.attention nn.vit nn.encoders       timm attention rotated; ContextEncoder, TargetEncoder
     nn.predictor nn.losses nn.hjepa       queries (level, position) -> features; what prevents collapse; HJEPA
     data.openmoji data.folder             drawings; image files and the folders they lie in
-    data.sources data.images data.views   pictures by name, at any image size; crops of whole batches
+    data.sources data.moved               pictures as they are; each at a place of its own on a canvas
+    data.images data.views                pictures by name, at any image size; crops of whole batches
     config                                YAML -> typed configuration, every key with its range beside it
     train.schedule build                  config -> model, pictures and masks of step t
     train.sharding train.checkpoint       weights on disk, written whole or not at all

@@ -132,6 +132,7 @@ def load_split(config: Config, split: str) -> ImageData:
         image_size=max(train_sizes(config)),
         limit=options.limit if split == "train" else None,
         on_corrupt=options.on_corrupt,
+        moved=options.moved,
     )
 
 

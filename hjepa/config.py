@@ -54,6 +54,7 @@ class DataConfig:
     flip: bool = True  # mirror left-right half of the time
     color_jitter: float = key(0.0, at_least=0, at_most=1)  # strength of brightness, contrast and saturation changes
     limit: int | None = key(None, at_least=1)  # at most this many training pictures
+    moved: bool = False  # each picture at a place and scale of its own on a plain canvas
     on_corrupt: str = key("error", choices=("error", "skip"))  # error, or skip: what an unreadable image file does
 
 

@@ -97,6 +97,8 @@ MUTANTS = [
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
     Mutant("nearest by dot product", "evaluate/readers", "_vote(asked @ known.T,", "_vote((queries - mean) @ (gallery - mean).T,", "metrics"),
+    Mutant("moved pictures that hang over the border", "data/moved", "round(place.left * (width - side))", "round(place.left * width)", "moved"),
+    Mutant("all repeats in one place", "data/moved", "placement(id_, repeat) for", "placement(id_, 0) for", "moved"),
     Mutant("a picture among its own neighbours", "evaluate/readers", ".fill_diagonal_(-math.inf)", "", "baselines"),
     Mutant("colours left normalised", "evaluate/baselines", "(images.cpu() * scale + shift)", "images", "baselines"),
     Mutant("features of neighbours not centred", "evaluate/readers", "mean = gallery.mean(dim=0)", "mean = 0", "metrics"),

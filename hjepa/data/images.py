@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..inputs import nearest, size_pair
-from . import sources
+from . import openmoji, sources
 from .folder import is_test
+from .moved import MovedPictures
 from .sources import Listing, Request
 
 SPLITS = ("train", "validation", "test")
@@ -157,12 +158,16 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What is known of a data set before it is read. mean and std: of the training pixels, white = 1."""
+    """What is known of a data set before it is read. mean and std: of the training pixels, white = 1.
+
+    background: grey of the canvas of moved pictures, 0 to 255; None: the mean colour.
+    """
 
     read: Callable[[Request], Listing]
     mean: RGB
     std: RGB
     about: str
+    background: int | None = None
 
 
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -173,12 +178,14 @@ DATASETS: dict[str, DatasetSpec] = {
         (0.8384, 0.8183, 0.7777),
         (0.3057, 0.3185, 0.3628),
         "1,898 emoji in 9 categories, drawn at any size; needs no download",
+        background=openmoji.BACKGROUND,
     ),
     "fashion_mnist": DatasetSpec(
         sources.read_fashion_mnist,
         (0.2860, 0.2860, 0.2860),
         (0.3530, 0.3530, 0.3530),
         "70,000 garments in 10 classes, grey, 28 px; 30 MB",
+        background=0,
     ),
     "cifar10": DatasetSpec(
         sources.read_cifar10,
@@ -213,6 +220,8 @@ def load_data(
     limit: int | None = None,
     seed: int = 0,
     on_corrupt: str = "error",
+    moved: bool = False,
+    repeats: int = 1,
 ) -> ImageData:
     """One split of a registered data set: "train", "validation" (a fixed tenth of each class of the training
     pictures) or "test"; of imagenette also "test-b".
@@ -221,9 +230,12 @@ def load_data(
     training will ask for; source() has twice that detail where the data set has it. limit: at most so many
     pictures, classes taken in turn; seed picks which, and a larger limit includes a smaller one. on_corrupt:
     "error" raises on an image file that cannot be read, "skip" decodes every file first and lists such files
-    in `.skipped`. ValueError or FileNotFoundError, one line, on wrong arguments, missing or damaged data.
+    in `.skipped`. moved: each picture at a place and scale of its own on a canvas (`hjepa.data.moved`), repeats times;
+    the ids of further placements end in "#1", "#2", ... ValueError or FileNotFoundError, one line, on wrong arguments,
+    missing or damaged data.
     """
     _check(name, split, image_size, limit, on_corrupt)
+    _check_moved(moved, repeats)
     spec = DATASETS[name]
     stored = "train" if split == "validation" else split
     request = Request(stored, Path(root).expanduser(), path, image_size, on_corrupt == "skip")
@@ -237,12 +249,16 @@ def load_data(
     good = [index for position, index in enumerate(chosen) if position not in left_out]
     if not good:
         raise ValueError(f"data set {name!r}, {split} split: none of {len(bad)} images can be read")
+    ids = [listing.ids[i] for i in good]
+    if moved:
+        background = [round(255 * value) for value in spec.mean] if spec.background is None else [spec.background] * 3
+        pictures = MovedPictures(pictures, ids, repeats, background, 2 * image_size)
     return ImageData(
         name=name,
         split=split,
-        labels=torch.tensor([listing.labels[i] for i in good], dtype=torch.int64),
+        labels=torch.tensor([listing.labels[i] for i in good], dtype=torch.int64).repeat(repeats),
         classes=listing.classes,
-        ids=[listing.ids[i] for i in good],
+        ids=ids + [f"{id_}#{repeat}" for repeat in range(1, repeats) for id_ in ids],
         mean=spec.mean,
         std=spec.std,
         pictures=pictures,
@@ -263,6 +279,13 @@ def _check(name: str, split: str, image_size: int, limit: int | None, on_corrupt
     size_pair(image_size, text=False)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit {limit!r} must be a positive number of pictures, or null for all")
+
+
+def _check_moved(moved: bool, repeats: int) -> None:
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats {repeats!r} must be a positive number of placements of each picture")
+    if repeats > 1 and not moved:
+        raise ValueError(f"repeats {repeats} without moved would give the same pictures again; add moved=True")
 
 
 def _members(listing: Listing, split: str) -> list[int]:

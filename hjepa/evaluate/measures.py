@@ -74,15 +74,21 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 # ---- intervals
 
 
-def bootstrap_interval(hits: Tensor, n: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+def bootstrap_interval(
+    hits: Tensor, n: int = 1000, seed: int = 0, level: float = 0.95, groups: Tensor | None = None
+) -> Interval:
     """Mean of hits [Q] with a percentile bootstrap interval over the queries.
 
     It covers the choice of test pictures, not the training seed (see `hjepa.evaluate.summarise`). If every
-    query hits, or every one misses, the interval has no width.
+    query hits, or every one misses, the interval has no width. groups [Q]: queries of equal number, such as placements
+    of one picture, are drawn together.
     """
     values = hits.double().numpy()
-    draws = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    group = np.arange(len(values)) if groups is None else np.unique(groups.numpy(), return_inverse=True)[1]
+    total, count = np.bincount(group, values), np.bincount(group)
+    draws = np.random.default_rng(seed).integers(len(total), size=(n, len(total)))
+    means = total[draws].sum(axis=1) / count[draws].sum(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
 
 

@@ -8,6 +8,7 @@ Readers are in `readers.py`, measures in `measures.py`, rows of results in `resu
 Not covered: fine-tuning and dense tasks.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -167,7 +168,8 @@ def resolution_transfer(
 ) -> list[dict[str, Any]]:
     """Read every encoder at every size; rows with encoder, size (h, w), metric, value, low, high, n.
 
-    Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures):
+    Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures, all placements of one
+    together):
     probe, knn            fitted on `train` pictures at train_size
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
     retrieval, cka        against the same test pictures at train_size
@@ -185,6 +187,7 @@ def resolution_transfer(
             patch_grid(size, patch)
     train_index, test_index = subset(len(train), gallery, seed), subset(len(test), queries, seed)
     y_train, y_test = train.labels[train_index], test.labels[test_index]
+    same = _same_picture(test, test_index)
     k, rows = min(knn_k, len(train_index)), []
     fitted: dict[str, tuple[Pipeline, Tensor, Tensor]] = {}  # name -> probe, train and test features
     for size in tqdm(asked, desc="image sizes", disable=not progress):
@@ -196,13 +199,13 @@ def resolution_transfer(
                 fitted[name] = (here, known[name], x)
             probe, x_train, x_home = fitted[name]
             found = {
-                "probe": bootstrap_interval(probe_hits(probe, x, y_test), seed=seed),
-                "knn": bootstrap_interval(knn_accuracy(x_train, y_train, x, y_test, k), seed=seed),
-                "retrieval": bootstrap_interval(retrieval_hits(x, x_home), seed=seed),
+                "probe": bootstrap_interval(probe_hits(probe, x, y_test), seed=seed, groups=same),
+                "knn": bootstrap_interval(knn_accuracy(x_train, y_train, x, y_test, k), seed=seed, groups=same),
+                "retrieval": bootstrap_interval(retrieval_hits(x, x_home), seed=seed, groups=same),
                 **_geometry(x, x_home, seed),
             }
             if refit:
-                found["probe_refit"] = bootstrap_interval(probe_hits(here, x, y_test), seed=seed)
+                found["probe_refit"] = bootstrap_interval(probe_hits(here, x, y_test), seed=seed, groups=same)
             base = {**(tags or {}), "encoder": name, "size": size}
             rows += [
                 {**base, "metric": metric, "value": v, "low": low, "high": high, "n": len(x)}
@@ -216,6 +219,14 @@ def subset(total: int, count: int | None, seed: int) -> Tensor:
     if count is None or count >= total:
         return torch.arange(total)
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def _same_picture(data: Pictures, index: Tensor) -> Tensor | None:
+    """One number per picture, for pictures of which there are several placements (ids "x", "x#1", ..)."""
+    if not hasattr(data, "ids"):
+        return None
+    first: dict[str, int] = {}
+    return torch.tensor([first.setdefault(re.sub(r"#\d+$", "", data.ids[i]), len(first)) for i in index.tolist()])
 
 
 def _encode_all(

@@ -208,6 +208,19 @@ def test_every_encoder_size_and_metric_has_one_tagged_row_with_its_interval(colo
         assert row["low"] <= row["value"] <= row["high"]
 
 
+def test_intervals_of_moved_pictures_count_each_picture_once():
+    """Placements named "x" and "x#1" against the same pictures under names of their own."""
+    widths = []
+    for ids in ([f"p{i % 30}" + (f"#{i // 30}" if i >= 30 else "") for i in range(120)], [f"p{i}" for i in range(120)]):
+        test = Colours(120, 1)
+        test.base = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
+        test.labels, test.ids = (torch.arange(120) % 30) % 2, ids
+        rows = resolution_transfer({"e": PatchMeans()}, Colours(60, 0), test, train_size=8, sizes=[], refit=False)
+        (row,) = [row for row in rows if row["metric"] == "knn"]
+        widths.append(row["high"] - row["low"])
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.2)
+
+
 def test_neighbours_are_at_most_as_many_as_the_gallery_has_pictures():
     rows = resolution_transfer({"e": PatchMeans()}, Colours(6, 0), Colours(9, 1), train_size=8, sizes=[], refit=False)
     few = resolution_transfer(

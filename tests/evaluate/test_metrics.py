@@ -264,6 +264,15 @@ def test_bootstrap_interval_has_the_width_of_a_binomial_proportion():
     assert bootstrap_interval(hits) == (mean, low, high)
 
 
+def test_bootstrap_draws_placements_of_one_picture_together():
+    """Ten equal hits of each of 100 pictures are worth no more than one of each."""
+    hits = torch.rand(100, generator=_generator(0)) < 0.7
+    once, ten = bootstrap_interval(hits), bootstrap_interval(hits.repeat(10), groups=torch.arange(100).repeat(10))
+    assert ten == pytest.approx(once)
+    _, low, high = bootstrap_interval(hits.repeat(10))
+    assert high - low < 0.5 * (once[2] - once[1])
+
+
 def test_jackknife_interval_of_a_mean_equals_its_standard_error():
     x = torch.randn(400, generator=_generator(0)).double()
     value, low, high = jackknife_interval(lambda rows: float(x[rows].mean()), 400, groups=400)
