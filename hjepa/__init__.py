@@ -3,6 +3,7 @@
 Data flows one way, and so do imports; each line is a place, top to bottom:
 
     inputs files                          names, sizes and files that people hand in; folders, locks, whole writes
+    versions                              what made a result, for its record
     nn.checks                             what callers hand to the layers, refused by name
     nn.masks                              patch grid -> context_idx, target_idx per level
     nn.frequencies nn.rotation nn.rope    positions -> frequencies -> rotation table

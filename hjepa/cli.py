@@ -138,7 +138,8 @@ def _train(arguments: argparse.Namespace) -> int:
     with hold(folder):
         metrics = train(config, folder, resume=arguments.resume)
     for name, value in metrics.items():
-        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+        if name != "versions":
+            print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
     print(f"files: {folder}")
     return 0
 

@@ -249,11 +249,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
-def _values(config: Config) -> dict[str, Any]:
+def flat_config(config: Config) -> dict[str, Any]:
+    """Dotted key and value of every key of a config."""
     return dict(_flat(cast(dict, OmegaConf.to_container(cast(Any, config)))))
 
 
-KEYS = tuple(_values(default_config()))
+KEYS = tuple(flat_config(default_config()))
 
 
 def _fields(section: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:
@@ -327,7 +328,7 @@ def check_config(config: Config) -> None:
     Raises:
         ValueError: one line that names the key, its value and what is allowed.
     """
-    values = _values(config)
+    values = flat_config(config)
     for name, value in values.items():
         _check_value(name, value, ALLOWED[name])
     _check_together(values)

@@ -13,12 +13,13 @@ systems of several machines without lock support.
 
 import fcntl
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -193,18 +194,37 @@ def is_held(folder: str | Path) -> bool:
     return False
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write text so that a reader, or a crash, sees the old file or the new one and nothing between."""
+def write_whole(path: str | Path, content: str | bytes | Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
+
+    content: text (as UTF-8), bytes, or a function that writes to the open binary file it is given.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def json_text(tree: Any, indent: int | None = None) -> str:
+    """JSON as its standard has it: a number that is not finite becomes null."""
+    return json.dumps(_finite(tree), indent=indent, allow_nan=False)
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def read_json(path: str | Path) -> Any:

@@ -8,6 +8,7 @@ Not covered: notebooks in other languages; values in the parameters cell that ar
 """
 
 import ast
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,13 @@ def find_parameters(path: str | Path) -> dict[str, Parameter]:
         return _assignments(source)
     except SyntaxError as error:
         raise ValueError(f"{path}: the parameters cell is not Python: {error.msg} in line {error.lineno}") from None
+
+
+def notebook_digest(path: str | Path) -> str:
+    """Digest of the code of a notebook: what it prints, its text and its metadata change nothing."""
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
 
 def _assignments(source: str) -> dict[str, Parameter]:

@@ -7,9 +7,12 @@
     max_parallel: 2                       # runs at a time
     executor: local                       # or slurm, with a section `slurm:` of submitit's options
 
-Each run has a folder out/LABEL-HASH; the notebook gets it as `run_dir` and writes metrics.json there, {"rows": [...]}.
-A finished run has state "finished" in run.json and is never run again. One that was stopped is run again in the same
-folder, so a notebook that trains should resume there. A run that fails leaves error.txt and holds up nobody.
+A relative path among the parameters (path, data_root, data.path=...) is one of the current folder, in which the
+notebook does not run. Each run has a folder out/LABEL-HASH, HASH of the parameters, the notebook's code and the
+package's version, so a changed notebook makes its runs again; the notebook gets it as `run_dir` and writes metrics.json
+there, {"rows": [...]}. A finished run has state "finished" in run.json and is never run again. One that was stopped is
+run again in the same folder, so a notebook that trains should resume there. A run that fails leaves error.txt and holds
+up nobody.
 
 Runs outlive a sweep that is killed. Each holds its folder's lock, so the next sweep waits for it instead of doubling
 it; results pass through files only, nothing is unpickled.
@@ -19,12 +22,14 @@ Source of the job handling: submitit. Not covered: stopping bad runs early, adap
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -32,14 +37,16 @@ from typing import Any, get_origin
 from tqdm import tqdm
 
 from ..evaluate.results import sweep_csv, sweep_rows
-from ..files import hold, is_held, read_json, read_yaml, write_whole
+from ..files import hold, is_held, json_text, read_json, read_yaml, user_path, write_whole
 from ..inputs import nearest
-from .notebooks import NotebookError, check_parameters, execute, find_parameters
+from ..versions import differences, versions
+from .notebooks import NotebookError, check_parameters, execute, find_parameters, notebook_digest
 
 EXECUTORS = ("local", "slurm")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MOST_RUNS = 10_000
 POLL = 0.2  # seconds between looks at the running jobs
+PATHS = ("path", "root", "data_path", "data_root", "data.path", "data.root")  # parameters, and keys of overrides
 LATE_FILES = 15  # seconds that files of a Slurm job may take to appear here
 
 
@@ -98,7 +105,8 @@ def load_sweep(path: str | Path) -> tuple[Sweep, list[Run]]:
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     for varied in combinations:
         check_parameters({**fixed, **varied}, known, str(path))
-    runs = [_run(sweep, fixed, varied) for varied in combinations]
+    made_by = [notebook_digest(sweep.notebook), versions()["hjepa"]]
+    runs = [_run(sweep, fixed, varied, made_by) for varied in combinations]
     if len({run.folder for run in runs}) < len(runs):
         raise ValueError(f"{path}: the grid names the same run twice; look for a doubled value")
     return sweep, runs
@@ -118,7 +126,8 @@ def _read(path: Path) -> Sweep:
     if not tree.get("notebook"):
         raise ValueError(f"{path}: no key `notebook`, the path of what to run")
     sweep = Sweep(**tree)
-    sweep.out = sweep.out or str(Path("runs", "sweeps", path.stem))
+    sweep.notebook = str(user_path(sweep.notebook))
+    sweep.out = str(user_path(sweep.out)) if sweep.out else str(Path("runs", "sweeps", path.stem))
     _check(sweep, path)
     return sweep
 
@@ -139,18 +148,42 @@ def _check(sweep: Sweep, path: Path) -> None:
         raise ValueError(f"{path}: the grid has {count} runs, more than {MOST_RUNS}")
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in sweep.seeds):
         raise ValueError(f"{path}: seeds={sweep.seeds!r} must be whole numbers")
+    for key, value in {**sweep.parameters, **sweep.grid}.items():
+        if any(isinstance(number, float) and not math.isfinite(number) for number in _leaves(value)):
+            raise ValueError(f"{path}: {key}={value!r} holds a number that is not finite, which JSON does not know")
     names = [*sweep.parameters, *sweep.grid, *(["seed"] if sweep.seeds else [])]
     for name in ({n for n in names if names.count(n) > 1} | {"run_dir"}) & set(names):
         why = "is set by the sweep itself" if name == "run_dir" else "is given twice (parameters, grid, seeds)"
         raise ValueError(f"{path}: parameter {name} {why}")
 
 
-def _run(sweep: Sweep, fixed: dict[str, Any], varied: dict[str, Any]) -> Run:
-    parameters = {**fixed, **varied}
-    identity = json.dumps([Path(sweep.notebook).name, parameters], sort_keys=True)
+def _leaves(value: Any) -> Iterator[Any]:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if inside is None:
+        yield value
+    else:
+        for item in inside:
+            yield from _leaves(item)
+
+
+def _run(sweep: Sweep, fixed: dict[str, Any], varied: dict[str, Any], made_by: list[Any]) -> Run:
+    parameters = {name: _absolute(name, value) for name, value in {**fixed, **varied}.items()}
+    identity = json.dumps([Path(sweep.notebook).name, *made_by, parameters], sort_keys=True)
     label = re.sub(r"[^\w.=,+-]+", "-", ",".join(f"{k}={v}" for k, v in varied.items()))[:80] or "run"
     folder = Path(sweep.out).resolve() / f"{label}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
     return Run(folder, parameters, varied)
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """A parameter that is a path, or the override of one, as seen from any folder; all else as it is."""
+    if isinstance(value, list):
+        return [_absolute("", item) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    key, equals, path = value.partition("=")
+    if equals and key.strip() in PATHS and path.strip() not in ("", "~", "null"):
+        return f"{key.strip()}={user_path(path.strip()).absolute()}"
+    return str(user_path(value).absolute()) if name in PATHS else value
 
 
 def run_one(notebook: str, run: Run, threads: int) -> None:
@@ -167,7 +200,8 @@ def _attempt(notebook: str, run: Run) -> None:
     for name in ("metrics.json", "run.json", "error.txt"):
         (run.folder / name).unlink(missing_ok=True)
     started = time.time()
-    record: dict[str, Any] = {"state": "finished", "parameters": run.parameters}
+    record: dict[str, Any] = {"state": "finished", "parameters": run.parameters, "notebook": notebook_digest(notebook),
+                              "versions": versions()}  # fmt: skip
     try:
         parameters = {**run.parameters, "run_dir": str(run.folder)}
         execute(notebook, run.folder / Path(notebook).name, parameters, cwd=Path(notebook).parent, stream=sys.stdout)
@@ -178,7 +212,7 @@ def _attempt(notebook: str, run: Run) -> None:
         write_whole(run.folder / "error.txt", f"{_one_line(error)}\n\n{traceback.format_exc()}")
         record["state"] = "failed"
     record["seconds"] = round(time.time() - started, 1)
-    write_whole(run.folder / "run.json", json.dumps(record, indent=1) + "\n")
+    write_whole(run.folder / "run.json", json_text(record, indent=1) + "\n")
 
 
 def _one_line(error: BaseException) -> str:
@@ -195,9 +229,22 @@ def run_sweep(path: str | Path, *, progress: bool = True) -> list[Run]:
     sweep, runs = load_sweep(path)
     with hold(sweep.out):
         todo = [run for run in runs if not run.finished]
+        _say_what_is_kept([run for run in runs if run.finished])
         _Jobs(sweep, todo).work(tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", disable=not progress))
         gather(runs, Path(sweep.out))
     return [run for run in runs if not run.finished]
+
+
+def _say_what_is_kept(kept: list[Run]) -> None:
+    """Finished runs that other versions made are kept, and not without a word."""
+    now, seen = versions(), dict[str, int]()
+    for run in kept:
+        changed = differences(read_json(run.folder / "run.json").get("versions") or {}, now)
+        if changed:
+            seen[changed] = seen.get(changed, 0) + 1
+    for changed, count in seen.items():
+        text = f"kept {count} finished runs made by other versions: {changed}; remove their folders to make them anew"
+        tqdm.write(text, file=sys.stderr)
 
 
 class _Jobs:
@@ -284,7 +331,7 @@ def gather(runs: list[Run], out: Path) -> None:
         seconds = (read_json(run.folder / "run.json") or {}).get("seconds")  # of the last attempt
         results.append({"run": run.folder.name, "state": state, "seconds": seconds, "parameters": run.parameters,
                         "error": run.error, "metrics": metrics})  # fmt: skip
-    write_whole(out / "results.json", "[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+    write_whole(out / "results.json", "[\n" + ",\n".join(map(json_text, results)) + "\n]\n")
     rows = sweep_rows(results)
     if rows:
         write_whole(out / "table.csv", sweep_csv(rows))

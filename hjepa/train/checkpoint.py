@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import Config
+from ..files import json_text, write_whole
 from .sharding import is_sharded, load_whole, load_whole_optimizer
 
 FORMAT, VERSION = "hjepa-checkpoint", 1
@@ -125,16 +126,14 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """A JSON file, flushed to disk."""
-    write_file(path, lambda file: file.write(json.dumps(tree, indent=1).encode()))
+    """A JSON file, written whole."""
+    write_file(path, json_text(tree, indent=1))
 
 
-def write_file(path: Path, writer: Callable[[Any], Any]) -> None:
-    """What `writer` writes to an open binary file, flushed to disk."""
-    with _named(path), path.open("wb") as file:
-        writer(file)
-        file.flush()
-        os.fsync(file.fileno())
+def write_file(path: Path, content: str | bytes | Callable[[Any], Any]) -> None:
+    """As `write_whole`; an OSError names the file."""
+    with _named(path):
+        write_whole(path, content)
 
 
 def _sync_folder(folder: Path) -> None:

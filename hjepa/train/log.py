@@ -8,17 +8,17 @@ Not covered: remote trackers.
 """
 
 import csv
+import io
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable
+import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from omegaconf import OmegaConf
-
-from ..config import Config, load_config
+from ..config import Config, flat_config, load_config
+from ..files import json_text, read_json, write_whole
+from ..versions import differences, versions
 
 
 class RunLog:
@@ -38,21 +38,20 @@ class RunLog:
     def __init__(self, run_dir: Path, keep_until: int, columns: list[str], tensorboard: bool = False):
         self.jsonl, self.csv, self.columns = run_dir / "log.jsonl", run_dir / "log.csv", columns
         self.rows = [row for row in read_log(run_dir) if row["step"] <= keep_until]
-        _replace(self.jsonl, lambda file: file.writelines(json.dumps(row) + "\n" for row in self.rows))
-        _replace(self.csv, self._write_table)
-        self.board = _board(run_dir / "tensorboard", keep_until + 1) if tensorboard else None
-
-    def _write_table(self, file: TextIO) -> None:
-        writer = csv.DictWriter(file, self.columns)
+        write_whole(self.jsonl, "".join(json_text(row) + "\n" for row in self.rows))
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, columns)
         writer.writeheader()
         writer.writerows(self.rows)
+        write_whole(self.csv, table.getvalue())
+        self.board = _board(run_dir / "tensorboard", keep_until + 1) if tensorboard else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row to all logs, at once on disk; a number that is not finite is no number there, None."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self.rows.append(row)
         with self.jsonl.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json_text(row) + "\n")
         with self.csv.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
         if self.board:
@@ -86,14 +85,6 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise ValueError(f"{where} is not a row of a training log: {line.strip()[:60]!r}")
     return row
-
-
-def _replace(path: Path, write: Callable[[TextIO], object]) -> None:
-    """Rewrite a file; a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", newline="") as file:
-        write(file)
-    os.replace(temporary, path)
 
 
 def _board(folder: Path, first_step: int) -> Any:
@@ -132,6 +123,20 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def note_versions(run_dir: Path, step: int, **more: Any) -> dict[str, Any]:
+    """Add what trains from `step` on to run_dir/versions.json, a list, and return it (see `hjepa.versions`).
+
+    A resumed run (step > 0) warns where that differs from what trained before; a new one starts the list anew.
+    """
+    now, path = versions(**more), run_dir / "versions.json"
+    before = read_json(path) if step else []
+    before = before if isinstance(before, list) and all(isinstance(entry, dict) for entry in before) else []
+    if before and (changed := differences(before[-1], now | {"step": before[-1].get("step")})):
+        warnings.warn(f"{run_dir} goes on with other versions, its numbers may differ: {changed}", stacklevel=2)
+    write_whole(path, json_text([*before, {"step": step, **now}], indent=1) + "\n")
+    return now
+
+
 # ---- may this folder be used?
 
 # a resumed run may differ from its first part in these: they change no weight but by rounding, at most what is logged
@@ -151,16 +156,9 @@ def check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
         raise ValueError(f"{run_dir} already holds a run; resume it, or choose another folder")
     if not saved or not (run_dir / "config.yaml").exists():
         return
-    before, now = (_flat(c) for c in (load_config(run_dir / "config.yaml"), config))
+    before, now = (flat_config(c) for c in (load_config(run_dir / "config.yaml"), config))
     bound = () if config.loss.regularizer == "none" else ("train.accumulate",)
     for key in before:
         if before[key] != now[key] and (key in bound or not key.startswith(FREE_ON_RESUME)):
             raise ValueError(f"cannot resume {run_dir}: it was started with {key}={before[key]}, not {now[key]}")
 
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    tree = OmegaConf.to_container(tree) if OmegaConf.is_config(tree) else tree
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

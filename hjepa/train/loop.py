@@ -14,7 +14,6 @@ Source: Assran et al. 2023 (I-JEPA, arXiv:2301.08243, section 4 and appendix A) 
 Not covered: schedules of weight decay. For models too large for one GPU see docs/scaling.md.
 """
 
-import json
 import math
 import os
 import time
@@ -38,9 +37,9 @@ from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
 from ..inputs import patch_grid
 from ..nn.encoders import TargetEncoder
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_json
 from .feed import Feed
-from .log import RunLog, check_run_dir, log_columns, summary
+from .log import RunLog, check_run_dir, log_columns, note_versions, summary
 from .optimizer import build_optimizer
 from .schedule import generator_at, lr_at, mix, share
 from .sharding import fsdp_plugin, is_sharded, prepare, whole_optimizer, whole_weights
@@ -96,6 +95,9 @@ class _Run:
         if self.main:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, run_dir / "config.yaml")
+            processor = {"processor": torch.cuda.get_device_name()} if self.accelerator.device.type == "cuda" else {}
+            precision = self.accelerator.mixed_precision
+            self.versions = note_versions(run_dir, self.start, precision=precision, **processor)
             keep = self.start if self.last_good else -1
             self.log = RunLog(run_dir, keep, log_columns(len(config.model.level_weights)), options.tensorboard)
 
@@ -290,8 +292,9 @@ class _Run:
                 "parameters": sum(p.numel() for p in encoder.parameters()),
                 "processes": self.accelerator.num_processes,
                 "seconds": round(seconds, 1),  # of this call: a resumed run counts from its resumption
+                "versions": self.versions,
             }
-            (self.run_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+            write_json(self.run_dir / "metrics.json", metrics)
             self.log.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()

@@ -1,5 +1,6 @@
 """Sweeps: every combination once, whatever dies on the way; mistakes in the file are found before anything runs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ import pytest
 from hjepa.cli import main
 from hjepa.evaluate.plots import sweep_figure
 from hjepa.evaluate.results import rows_from_csv, sweep_rows, sweep_summary
+from hjepa.experiments.notebooks import notebook_digest
 from hjepa.experiments.sweep import gather, load_sweep, run_sweep
 from hjepa.files import hold, read_json
+from hjepa.versions import versions
 
 PARAMETERS = """
 lr: float = 0.1
@@ -114,6 +117,76 @@ def test_mistakes_are_found_before_anything_starts(folder, text, reason, capsys)
     line = capsys.readouterr().err
     assert line.startswith("hjepa: error: ") and line.count("\n") == 1 and reason in line
     assert not (folder / "started.txt").exists()
+
+
+def edited(folder, old, new):
+    path = folder / "tiny.ipynb"
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_an_edited_notebook_makes_its_runs_again_and_a_new_output_or_text_does_not(tmp_path):
+    folder = make_folder(tmp_path)
+    file = write(folder, "grid: {lr: [0.5, 1.5]}")
+    before = [run.folder for run in load_sweep(file)[1]]
+    book = nbformat.read(folder / "tiny.ipynb", 4)
+    book.cells.insert(0, nbformat.v4.new_markdown_cell("# a title"))
+    book.cells[-1].outputs = [nbformat.v4.new_output("stream", text="said")]
+    nbformat.write(book, folder / "tiny.ipynb")
+    assert [run.folder for run in load_sweep(file)[1]] == before
+    edited(folder, "lr / 3", "lr / 4")
+    assert not {run.folder for run in load_sweep(file)[1]} & set(before)
+    edited(folder, "lr / 4", "lr / 3")
+    assert [run.folder for run in load_sweep(file)[1]] == before
+    edited(folder, "lr: float = 0.1", "lr: float = 0.2")  # a default is code too
+    assert not {run.folder for run in load_sweep(file)[1]} & set(before)
+
+
+def test_another_version_of_the_package_makes_runs_again(tmp_path, monkeypatch):
+    file = write(make_folder(tmp_path), "seeds: [0]")
+    before = load_sweep(file)[1][0].folder
+    monkeypatch.setattr("hjepa.experiments.sweep.versions", lambda: {"hjepa": "9.9"})
+    assert load_sweep(file)[1][0].folder != before
+
+
+def test_relative_paths_are_those_of_the_current_folder(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path)
+    edited(folder, "threads = 2", "threads = 2\\npath = \\\"\\\"\\ndata_root = \\\"data\\\"\\noverrides = []")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    text = 'parameters: {data_root: store, mode: path}\ngrid: {path: [photos, ~/photos, /photos, ""], overrides: [%s]}'
+    file = write(folder, text % "[data.path=own, data.root=~/x, train.lr=1, data.path=null]")
+    runs = load_sweep(file)[1]
+    assert [run.parameters["path"] for run in runs] == [f"{tmp_path}/photos", "/home/me/photos", "/photos", ""]
+    assert runs[0].parameters["data_root"] == f"{tmp_path}/store" and runs[0].parameters["mode"] == "path"
+    wanted = [f"data.path={tmp_path}/own", "data.root=/home/me/x", "train.lr=1", "data.path=null"]
+    assert runs[0].parameters["overrides"] == wanted
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_sweep(file)[1][0].folder != runs[0].folder
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "[.nan]"])
+def test_numbers_that_json_does_not_know_are_refused(tmp_path, value):
+    for text in (f"grid: {{lr: [{value}]}}", f"parameters: {{lr: {value}}}", f"parameters: {{sizes: [1, {value}]}}"):
+        with pytest.raises(ValueError, match="not finite"):
+            load_sweep(write(make_folder(tmp_path), text))
+
+
+def test_a_measure_that_is_not_finite_is_null_in_results_and_the_run_says_what_made_it(tmp_path, capsys):
+    folder = make_folder(tmp_path)
+    edited(folder, "lr / 3", "float('nan')")
+    file = write(folder, "seeds: [0]")
+    assert run_sweep(file, progress=False) == []
+    text = (tmp_path / "out" / "results.json").read_text()
+    assert "NaN" not in text and json.loads(text)[0]["metrics"]["rows"][0]["value"] is None
+    run = load_sweep(file)[1][0]
+    record = read_json(run.folder / "run.json")
+    assert record["versions"] == versions() and record["notebook"] == notebook_digest(folder / "tiny.ipynb")
+    record["versions"]["torch"] = "2.0"
+    (run.folder / "run.json").write_text(json.dumps(record))
+    assert run_sweep(file, progress=False) == []
+    said = capsys.readouterr().err
+    assert f"kept 1 finished runs made by other versions: torch 2.0, now {versions()['torch']}" in said
 
 
 def test_files_that_are_no_sweep_are_refused(tmp_path):

@@ -51,6 +51,23 @@ def frozen_batch(config):
     return model, images, draw_masks(config, model.context_encoder.grid_size, 0)
 
 
+# ---- what made a run
+
+
+def test_a_run_records_what_made_it_and_resuming_under_other_versions_warns(tiny, tmp_path):
+    run = tmp_path / "run"
+    metrics = train(tiny("train.steps=6"), run, progress=False)
+    record = json.loads((run / "versions.json").read_text())
+    assert [entry["step"] for entry in record] == [0] and torch.__version__.startswith(record[0]["torch"])
+    assert metrics["versions"] == {k: v for k, v in record[0].items() if k != "step"}
+    assert {"hjepa", "commit", "timm", "processor", "precision"} <= set(metrics["versions"])
+    record[0]["timm"] = "1.0.1"
+    (run / "versions.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match=r"goes on with other versions.*timm 1\.0\.1, now"):
+        train(tiny("train.steps=6"), run, resume=True, progress=False)
+    assert len(json.loads((run / "versions.json").read_text())) == 2
+
+
 # ---- late stops
 
 
