@@ -152,13 +152,13 @@ def test_relative_paths_are_those_of_the_current_folder(tmp_path, monkeypatch):
     folder = make_folder(tmp_path)
     edited(folder, "threads = 2", "threads = 2\\npath = \\\"\\\"\\ndata_root = \\\"data\\\"\\noverrides = []")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/mine")
     text = 'parameters: {data_root: store, mode: path}\ngrid: {path: [photos, ~/photos, /photos, ""], overrides: [%s]}'
     file = write(folder, text % "[data.path=own, data.root=~/x, train.lr=1, data.path=null]")
     runs = load_sweep(file)[1]
-    assert [run.parameters["path"] for run in runs] == [f"{tmp_path}/photos", "/home/me/photos", "/photos", ""]
+    assert [run.parameters["path"] for run in runs] == [f"{tmp_path}/photos", "/mine/photos", "/photos", ""]
     assert runs[0].parameters["data_root"] == f"{tmp_path}/store" and runs[0].parameters["mode"] == "path"
-    wanted = [f"data.path={tmp_path}/own", "data.root=/home/me/x", "train.lr=1", "data.path=null"]
+    wanted = [f"data.path={tmp_path}/own", "data.root=/mine/x", "train.lr=1", "data.path=null"]
     assert runs[0].parameters["overrides"] == wanted
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
