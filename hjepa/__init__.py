@@ -15,7 +15,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     config                                YAML -> typed configuration, every key with its range beside it
     train.schedule build                  config -> model, pictures and masks of step t
     train.sharding train.checkpoint       weights on disk, written whole or not at all
-    hub                                   load_run, load_pretrained, plain timm exports
+    hub pretrained                        load_run, exports; small encoders that come with the package
     evaluate.measures evaluate.readers    rank, spread, intervals; kNN, retrieval, linear probes
     evaluate.results evaluate.transfer    rows of results; frozen features -> readings at any size
     evaluate.baselines                    thumbnails, colour histogram, HOG

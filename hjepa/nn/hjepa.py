@@ -326,7 +326,11 @@ def _embed(projector: nn.Module, features: Tensor, pictures: int) -> Tensor:
 
 
 def _over_processes(rows: Tensor) -> Tensor:
-    """`[b, ...]` of every process -> `[B, ...]` of all, with gradient."""
+    """`[b, ...]` of every process -> `[B, ...]` of all, with gradient.
+
+    Gathered as a matrix: torch's backward pass for gloo takes gradients for contiguous, and those of a transposed
+    tensor come out in another order.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.cat(dist_nn.all_gather(rows.contiguous()))
+        return torch.cat(dist_nn.all_gather(rows.flatten(1))).unflatten(1, rows.shape[1:])
     return rows

@@ -104,6 +104,8 @@ class _Run:
     def _build(self) -> int:
         """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
         options = self.config.train
+        if options.optimizer == "muon" and fsdp_plugin(self.precision) is not None:
+            raise ValueError("train.optimizer=muon is not for matrices cut over processes (FSDP); nearest: adamw")
         self.plain = build_model(self.config, len(self.train_data.classes))
 
         def optimizer() -> torch.optim.Optimizer:

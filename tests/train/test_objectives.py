@@ -173,3 +173,9 @@ def test_auto_precision_is_what_the_processor_is_fast_in(monkeypatch, half, chos
 def test_objectives_that_cannot_be_are_refused_by_value(tiny, overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny(*overrides)
+
+
+def test_muon_is_refused_where_matrices_are_cut_over_processes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"train.optimizer=muon .*FSDP.*; nearest: adamw"):
+        train(tiny(*VIEWS, "objective=views"), tmp_path, progress=False)

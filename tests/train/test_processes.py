@@ -87,9 +87,11 @@ checkpoint.write_file = dies
 """
 
 
-def torchrun(script: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    script: str, folder: Path, *words: str, environment: dict[str, str] = FSDP
+) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(script)
-    return launch([str(folder / "script.py"), str(folder), *words], FSDP)
+    return launch([str(folder / "script.py"), str(folder), *words], environment)
 
 
 def launch(words: list[str], environment: dict[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess[str]:
@@ -110,6 +112,20 @@ def test_two_processes_equal_one(tiny, tmp_path):
     assert json.loads((tmp_path / "two/metrics.json").read_text())["processes"] == 2
     for name in ("loss", "loss_level_0", "loss_level_1", "regularizer"):
         torch.testing.assert_close(column(tmp_path / "two", name), column(tmp_path / "one", name), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_views_over_two_processes_equal_those_over_one(tiny, tmp_path):
+    """Embeddings, batch norm and the sketched Gaussian are of the global batch; so is the contrast with a teacher."""
+    both = ("objective=both", "views.small=2", "model.projector.hidden=16", "train.steps=4", *ROPE)
+    kinds = {"taught": ("loss.teacher=true", "train.optimizer=muon"), "gaussian": ("loss.view_loss=sketched_gaussian",)}
+    for name, options in kinds.items():
+        train(tiny(*both, *options), tmp_path / name / "one", progress=False)
+    succeed(torchrun(TRAIN, tmp_path, *(f"{name}/two" for name in kinds), environment=ENVIRONMENT))
+    for name in kinds:
+        for field in ("loss", "loss_views", "loss_level_1"):
+            found, expected = (column(tmp_path / name / run, field) for run in ("two", "one"))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
