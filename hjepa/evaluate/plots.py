@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Circle, Rectangle
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
@@ -276,3 +276,33 @@ def rotation_pairs(
     ax.set(aspect="equal", xlim=(-1.2, 2.4 * (count - 1) + 1.2), ylim=(-1.6, 1.15))
     ax.set_axis_off()
     return ax
+
+
+def token_pairs(
+    place: tuple[float, float], angles: Tensor, grid_size: tuple[int, int], *, axes: Sequence[Axes]
+) -> Sequence[Axes]:
+    """A token at `place` (row, column) on the grid, and beside it the angles [2, P] of its row and column pairs.
+
+    Row things are blue and column things orange. Both axes are cleared first, so that a call draws one frame.
+    """
+    (row, column), (grid, circles) = place, axes
+    for ax in axes:
+        ax.clear()
+    grid.set(xlim=(-0.5, grid_size[1] - 0.5), ylim=(grid_size[0] - 0.5, -0.5), aspect="equal")
+    grid.set(xticks=np.arange(grid_size[1] + 1) - 0.5, yticks=np.arange(grid_size[0] + 1) - 0.5)
+    grid.set(xlabel="column", ylabel="row")
+    grid.tick_params(length=0, labelbottom=False, labelleft=False)
+    grid.plot([column, column], [-0.5, row], color=COLORS["row"], lw=1.2)
+    grid.plot([-0.5, column], [row, row], color=COLORS["column"], lw=1.2)
+    grid.plot(column, row, "o", color="#222222", markersize=8)
+    for line, (name, turned) in enumerate(zip(("row", "column"), angles.tolist(), strict=True)):
+        for pair, angle in enumerate(turned):
+            x, y = 2.4 * pair, -2.9 * line
+            circles.add_patch(Circle((x, y), 1, fill=False, ec="#cccccc"))
+            tip = x + np.cos(angle), y + np.sin(angle)
+            circles.plot([x, tip[0]], [y, tip[1]], color=COLORS[name], marker="o", markevery=[1])
+            circles.text(x, y - 1.2, f"{angle:.2f} rad", ha="center", va="top", fontsize="small")
+        circles.text(-1.4, -2.9 * line, f"{name}\npairs", ha="right", va="center", color=COLORS[name])
+    circles.set(aspect="equal", xlim=(-3.0, 2.4 * angles.shape[1] - 1.2), ylim=(-4.7, 1.3))
+    circles.set_axis_off()
+    return axes

@@ -19,6 +19,7 @@ from hjepa.evaluate.plots import (
     rotation_pairs,
     score_map,
     show_masks,
+    token_pairs,
     training_curves,
     transfer_figure,
 )
@@ -256,3 +257,15 @@ def test_rotation_pairs_turns_each_arrow_counterclockwise_by_its_angle():
     assert tip["_before 0"] == pytest.approx(1) and tip["_after 0"] == pytest.approx(1j)
     assert tip["_before 1"] - 2.4 == pytest.approx(-1j)
     assert (tip["_after 1"] - 2.4) / (tip["_before 1"] - 2.4) == pytest.approx(np.exp(0.3j))
+
+
+def test_token_pairs_marks_the_token_and_turns_row_and_column_arrows_by_their_own_angles():
+    axes = plt.subplots(1, 2)[1]
+    token_pairs((0, 0), torch.zeros(2, 3), (8, 8), axes=axes)
+    token_pairs((2, 5), torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]), (8, 8), axes=axes)
+    token = [line for line in axes[0].get_lines() if line.get_marker() == "o"]
+    assert [line.get_xydata().tolist() for line in token] == [[[5.0, 2.0]]]  # x is the column, and no older frame
+    arrows = [line for line in axes[1].get_lines() if line.get_marker() == "o"]
+    tips = np.stack([np.diff(line.get_xydata(), axis=0)[0] for line in arrows])
+    np.testing.assert_allclose(tips, np.stack([np.cos(np.arange(6)), np.sin(np.arange(6))], axis=1), atol=1e-9)
+    assert [line.get_color() for line in arrows] == [COLORS["row"]] * 3 + [COLORS["column"]] * 3
