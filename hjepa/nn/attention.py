@@ -14,10 +14,14 @@ between, which also makes the rotation exact; in training on up to SHORT tokens 
 bfloat16, which are faster still; `PlainAttention` is timm's attention with that one change, for layers
 without RoPE.
 
+timm's modules are not copied and not subclassed from scratch: `adopt` gives a module another class's methods over one
+and the same `__dict__`. Whatever is read, set, hooked or replaced through either is seen by both.
+
 Not covered: cross-attention, causal masks, timm's own AttentionRope (already rotary).
 """
 
 from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import Attention
@@ -30,6 +34,14 @@ from .rotation import rotate_behind_prefix, rotated_heads, split_heads
 
 HALF = (torch.bfloat16, torch.float16)
 SHORT = 128  # tokens up to which plain products in bfloat16 are the faster form in training on a CPU
+M = TypeVar("M", bound=nn.Module)
+
+
+def adopt(kind: type[M], module: nn.Module) -> M:
+    """A `kind` with the state of `module`, an instance of one of its base classes: both have one `__dict__`."""
+    view = kind.__new__(kind)
+    object.__setattr__(view, "__dict__", module.__dict__)
+    return view
 
 
 def attend(
@@ -126,12 +138,13 @@ class PlainAttention(Attention):
         return attend(self, x, attn_mask, training=self.training)
 
 
-class RoPEAttentionWrapper(nn.Module):
+class RoPEAttentionWrapper(Attention):
     """Wrap a timm `Attention` so that its queries and keys are rotated by `rope`.
 
-    The wrapper adopts the attention's own tables of parameters and modules, so state dict keys, parameter names and
-    optimiser groups are those of plain timm, nothing is stored twice, and `.attn` is the wrapped module itself. `rope`
-    is shared by all layers and belongs to the encoder: it is not a child of the wrapper.
+    The wrapper is a timm attention too and has the wrapped one's whole state: attributes (`fused_attn`, `scale`, ..),
+    parameters, modules, hooks, training mode. So state dict keys, parameter names and optimiser groups are those of
+    plain timm, nothing is stored twice, and `.attn` is the wrapped module itself. `rope` is shared by all layers and
+    belongs to the encoder: it is not a child of the wrapper.
 
     Args:
         attn: a timm `Attention`.
@@ -143,11 +156,13 @@ class RoPEAttentionWrapper(nn.Module):
         ValueError: another attention than timm's, or a head dim that does not fit.
     """
 
+    __slots__ = ("attn", "layer", "num_prefix_tokens", "rope")  # what is the wrapper's own
     attn: Attention
     rope: VisionRoPE2D
+    layer: int
+    num_prefix_tokens: int
 
     def __init__(self, attn: nn.Module, rope: VisionRoPE2D, layer: int = 0, num_prefix_tokens: int = 1) -> None:
-        super().__init__()
         if type(attn) not in (Attention, PlainAttention):
             raise ValueError(
                 f"cannot rotate {type(attn).__name__}: RoPEAttentionWrapper takes timm.layers.Attention "
@@ -155,11 +170,19 @@ class RoPEAttentionWrapper(nn.Module):
             )
         if attn.head_dim != rope.dim:
             raise ValueError(f"attention has head dim {attn.head_dim}, rope was built for dim={rope.dim}")
-        # One set of tables, two views: what is registered or replaced through either is seen by both.
-        self._modules, self._parameters, self._buffers = attn._modules, attn._parameters, attn._buffers
-        self.__dict__["attn"], self.__dict__["rope"] = attn, rope
+        object.__setattr__(self, "__dict__", attn.__dict__)
+        self.attn, self.rope = attn, rope
         self.layer, self.num_prefix_tokens = layer, num_prefix_tokens
-        self.train(attn.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As every module's, but `attn` and `rope` do not become children."""
+        if name in RoPEAttentionWrapper.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.attn, self.rope, self.layer, self.num_prefix_tokens)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, table: Tensor | None = None
@@ -172,12 +195,12 @@ class RoPEAttentionWrapper(nn.Module):
         if is_causal:
             raise ValueError("is_causal=True has no meaning on a 2-D grid")
         table = self._check_table(table, x)
-        return attend(self.attn, x, attn_mask, table=table, prefix=self.num_prefix_tokens, training=self.training)
+        return attend(self, x, attn_mask, table=table, prefix=self.num_prefix_tokens, training=self.training)
 
     def attention_weights(self, x: Tensor, attn_mask: Tensor | None = None, *, table: Tensor | None = None) -> Tensor:
         """The weights `[B, heads, prefix + N, prefix + N]` that `forward` would use on `x`, without dropout."""
-        q, k, _, _ = heads(self.attn, x, self._check_table(table, x), self.num_prefix_tokens)
-        return weights(q, k, self.attn.scale, attn_mask)
+        q, k, _, _ = heads(self, x, self._check_table(table, x), self.num_prefix_tokens)
+        return weights(q, k, self.scale, attn_mask)
 
     def _check_table(self, table: Tensor | None, x: Tensor) -> Tensor:
         if table is None:

@@ -96,7 +96,7 @@ def test_double_backward_through_the_layer_is_right() -> None:
 def test_a_learned_table_takes_gradient_through_the_layer() -> None:
     wrapper, x = build_attention(), tokens()
     rope = VisionRoPE2D(DIM, num_patches_per_side=GRID, theta=20.0, learnable=True)
-    wrapper.__dict__["rope"] = rope
+    wrapper.rope = rope
     wrapper(x).square().sum().backward()
     assert rope.log_theta is not None and rope.log_theta.grad is not None
 
@@ -200,6 +200,36 @@ def test_function_transforms_work() -> None:
 
 
 # modules and files
+
+
+def test_what_is_set_or_hooked_through_the_wrapper_or_the_wrapped_is_seen_by_both() -> None:
+    wrapper, x = build_attention(), tokens()
+    seen: list[Tensor] = []
+    wrapper.fused_attn = False
+    wrapper.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    wrapper(x)
+    torch.testing.assert_close(seen[0], wrapper.attention_weights(x))
+    calls: list[nn.Module] = []
+    handle = wrapper.attn.register_forward_hook(lambda module, args, output: calls.append(module))
+    wrapper(x)
+    handle.remove()
+    wrapper(x)
+    assert calls == [wrapper] and len(seen) == 3
+    before = wrapper(x)
+    wrapper.attn.scale *= 2
+    assert wrapper.scale == wrapper.attn.scale and not torch.equal(wrapper(x), before)
+    wrapper.q_norm = nn.LayerNorm(DIM)
+    assert wrapper.attn.q_norm is wrapper.q_norm
+    names = ("num_heads", "head_dim", "attn_dim", "fused_attn", "scale", "training")
+    assert all(getattr(wrapper, name) == getattr(wrapper.attn, name) for name in names)
+    assert isinstance(wrapper, Attention) and set(vars(wrapper)) == set(vars(Attention(HEADS * DIM, HEADS)))
+
+
+def test_two_wrappers_of_one_attention_rotate_each_by_their_own() -> None:
+    wrapper, x = build_attention(), tokens()
+    before = wrapper(x)
+    other = RoPEAttentionWrapper(wrapper.attn, VisionRoPE2D(DIM, num_patches_per_side=GRID, theta=5.0), layer=0)
+    assert torch.equal(wrapper(x), before) and not torch.equal(other(x), before)
 
 
 def test_state_dict_has_timm_s_names_and_nothing_twice(tmp_path: Path) -> None:
