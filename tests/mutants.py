@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant("prefix always one token", "nn/encoders", "add_rope(block, rope, layer, self.num_prefix_tokens)", "add_rope(block, rope, layer, min(1, self.num_prefix_tokens))", "encoders"),
     Mutant("norm_pre dropped", "nn/encoders", "        x = self.vit.norm_pre(x)\n", "", "encoders"),
     Mutant("surplus tokens attended to", "nn/encoders", "attn_mask = ~keys[:, None, None, :]", "attn_mask = None", "context"),
-    Mutant("coordinates augmented in eval mode", "nn/encoders", "self.training and self.rope.augments", "self.rope.augments", "context"),
+    Mutant("coordinates augmented in eval mode", "nn/vit", "self.training and self.rope.augments", "self.rope.augments", "context"),
     # the target
     Mutant("EMA the wrong way round", "nn/encoders", "for n in floats], 1 - momentum)", "for n in floats], momentum)", "target"),
     Mutant("EMA momentum does not rise", "nn/encoders", "min(max(step / self.ema_steps, 0.0), 1.0)", "0.0", "target"),

@@ -21,14 +21,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..inputs import patch_grid, whole_patches
-from .checks import check_index, check_masked, check_positions, square_patch
+from ..inputs import patch_grid
+from .checks import check_index, check_masked, square_patch
 from .rope import VisionRoPE2D
-from .vit import add_rope, block_weights, build_vit, freeze_head, run_block
+from .vit import GridViT, add_rope, block_weights, build_vit, freeze_head, run_block
 
 
 class _Encoder(nn.Module):
@@ -51,7 +50,7 @@ class _Encoder(nn.Module):
         options = dict(vit or {})
         if options.get("patch_size") is not None:  # before timm builds on it
             patch_grid(img_size, square_patch(options["patch_size"]))
-        self.vit: VisionTransformer = build_vit(encoder_type, img_size, pretrained, **options)
+        self.vit: GridViT = build_vit(encoder_type, img_size, pretrained, **options)
         self.patch_size = square_patch(self.vit.patch_embed.feat_ratio(as_scalar=False))
         patch_grid(img_size, self.patch_size)
         freeze_head(self.vit)
@@ -71,7 +70,8 @@ class _Encoder(nn.Module):
             **options,
         )
         for layer, block in enumerate(self.vit.blocks):
-            add_rope(block, rope, layer, self.num_prefix_tokens)
+            self.vit.blocks[layer] = add_rope(block, rope, layer, self.num_prefix_tokens)
+        self.vit.__dict__["rope"] = rope
         return rope
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -102,13 +102,7 @@ class _Encoder(nn.Module):
 
     def image_grid(self, images: Tensor) -> tuple[int, int]:
         """Patch grid of `images` `[B, C, h, w]`. Raises ValueError where the size is not a multiple of the patch."""
-        if images.dim() != 4:
-            raise ValueError(f"images must be [B, channels, height, width], got shape {tuple(images.shape)}")
-        channels = self.vit.patch_embed.proj.in_channels
-        if images.shape[1] != channels:
-            raise ValueError(f"images have {images.shape[1]} channels, this encoder was built for {channels}")
-        height, width = images.shape[-2:]
-        return whole_patches((height, width), (self.patch_size, self.patch_size))
+        return self.vit.image_grid(images)
 
     def forward(
         self,
@@ -149,40 +143,17 @@ class _Encoder(nn.Module):
         positions: Tensor | None,
         attn_mask: Tensor | None,
     ) -> Tensor:
-        x = self._embed(images)
+        x = self.vit.embed(images)
         if index is not None:
             prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], dim=1)
             x = torch.cat((prefix, patches.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))), dim=1)
         x = self.vit.norm_pre(x)
-        return self.vit.norm(self._run_blocks(x, self._tables(len(x), grid, index, positions, x.device), attn_mask))
-
-    def _embed(self, images: Tensor) -> Tensor:
-        """Patches and prefix tokens with the absolute table added where there is one: `[B, prefix + N, D]`."""
-        x = self.vit.patch_embed(images)
-        if self.vit.pos_embed is not None:
-            return self.vit._pos_embed(x)
-        tokens = [getattr(self.vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-        prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
-        x = x.flatten(1, 2).to(self.vit.patch_embed.proj.weight.dtype)  # autocast narrows it: sum up in full precision
-        return self.vit.pos_drop(torch.cat([*prefix, x], dim=1))
-
-    def _tables(
-        self, batch: int, grid: tuple[int, int], index: Tensor | None, positions: Tensor | None, device: torch.device
-    ) -> list[Tensor | None]:
-        """One rotation table per layer, or None per layer with RoPE off."""
-        if self.rope is None:
-            if positions is not None:
-                raise ValueError("positions need RoPE: build the encoder with use_rope=True")
-            return [None] * len(self.vit.blocks)
-        if positions is None and self.training and self.rope.augments:
-            positions = self.rope.augment(self.rope.positions(grid, device), grid)
-        if positions is not None:
-            check_positions(positions, batch, grid)
-        return list(self.rope.tables(grid, positions=positions, index=index, device=device))
+        tables = self.vit.tables(len(x), grid, x.device, index=index, positions=positions)
+        return self.vit.norm(self._run_blocks(x, tables, attn_mask))
 
     def _run_blocks(self, x: Tensor, tables: list[Tensor | None], attn_mask: Tensor | None) -> Tensor:
         saving = self.vit.grad_checkpointing and self.training and torch.is_grad_enabled()
-        for block, table in zip(self.vit.blocks, tables, strict=True):
+        for block, table in zip(self.vit.blocks, tables, strict=False):  # timm may have pruned blocks
             if saving:
                 x = checkpoint(run_block, block, x, table, attn_mask, use_reentrant=False)
             else:
@@ -211,9 +182,9 @@ class _Encoder(nn.Module):
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """Attention weights of every layer, `[B, heads, prefix + N, prefix + N]` each, RoPE or not, for pictures."""
         grid = self.image_grid(images)
-        x = self.vit.norm_pre(self._embed(images))
+        x = self.vit.norm_pre(self.vit.embed(images))
         maps = []
-        for block, table in zip(self.vit.blocks, self._tables(len(x), grid, None, None, x.device), strict=True):
+        for block, table in zip(self.vit.blocks, self.vit.tables(len(x), grid, x.device), strict=False):
             maps.append(block_weights(block, x, table))
             x = run_block(block, x, table, None)
         return maps

@@ -78,7 +78,7 @@ class Predictor(nn.Module):
                 options["theta_per_layer"] = _spread(options["theta_per_layer"], depth)
             self.rope = VisionRoPE2D(embed_dim // num_heads, 1, grid_size, rope_theta, **options)
             for layer, block in enumerate(self.blocks):
-                add_rope(block, self.rope, layer, num_prefix_tokens)
+                self.blocks[layer] = add_rope(block, self.rope, layer, num_prefix_tokens)
 
     def forward(
         self,

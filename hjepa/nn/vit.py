@@ -1,22 +1,28 @@
-"""The timm VisionTransformer under an encoder: building it, and handing rotation tables to its blocks.
+"""The timm VisionTransformer under an encoder: building it, and telling its blocks where their tokens are.
 
-timm's Block calls its attention itself and knows nothing of tables. `RotaryBlock` is the same block with one more
-argument to pass on. A built block becomes one by a change of class: its parameters, their names and the hooks on it
-stay, and it is still called as a module, so hooks, sharding and checkpointing see every block.
+timm's Block calls its attention itself and knows nothing of rotation tables. `RotaryBlock` is the same block with one
+more argument to pass on, and `GridViT` the same transformer, which knows the patch grid of the pictures it is given:
+timm's own `forward_features`, `forward_intermediates`, `get_intermediate_layers` and feature extraction are right at
+every image size. Both are timm's modules in other clothes (`adopt`): parameters, their names and hooks stay, and
+blocks are still called as modules, so hooks, sharding and checkpointing see every one.
 
 Not covered: timm models other than VisionTransformer with its pre-norm Block, and timm's own rotary models (EVA,
 `vit_*_rope_*`), which need no wrapper.
 """
 
+from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..inputs import nearest
-from .attention import PlainAttention, RoPEAttentionWrapper
+from ..inputs import nearest, whole_patches
+from .attention import PlainAttention, RoPEAttentionWrapper, adopt, heads, weights
+from .checks import check_positions
 from .rope import VisionRoPE2D
 
 FIXED = ("img_size", "num_classes", "dynamic_img_size", "pretrained")  # arguments of timm that belong to the encoder
@@ -24,7 +30,7 @@ FIXED = ("img_size", "num_classes", "dynamic_img_size", "pretrained")  # argumen
 
 def build_vit(
     encoder_type: str, img_size: int | tuple[int, int], pretrained: bool = False, /, **overrides: Any
-) -> VisionTransformer:
+) -> "GridViT":
     """A timm VisionTransformer without classifier that takes any image size. `overrides` are timm's own arguments.
 
     Without a class token timm would pool by the mean and move the final norm behind the pooling; here the tokens keep
@@ -44,7 +50,7 @@ def build_vit(
         bad = [name for name in overrides if f"'{name}'" in str(error)]
         what = f"has no option {bad[0]!r}" if bad else "cannot be built as a timm VisionTransformer"
         raise ValueError(f"encoder_type={encoder_type!r} with vit={overrides} {what}: {error}") from None
-    if not isinstance(vit, VisionTransformer):
+    if type(vit) not in KINDS:
         raise ValueError(
             f"encoder_type={encoder_type!r} is a {type(vit).__name__}, not a timm VisionTransformer; models that "
             "are rotary by themselves (eva02, vit_*_rope_*) need no wrapper"
@@ -56,7 +62,7 @@ def build_vit(
     for block in vit.blocks:
         widen_half(block)
     vit.patch_embed.img_size = None  # the encoder checks sizes; timm's check would bake them into a compiled graph
-    return vit
+    return adopt(KINDS[type(vit)], vit)
 
 
 def _check_name(encoder_type: str, overrides: dict[str, Any]) -> None:
@@ -81,6 +87,86 @@ def freeze_head(vit: VisionTransformer) -> None:
             module.requires_grad_(False)
 
 
+class GridViT(VisionTransformer):
+    """timm's VisionTransformer, with the rotation tables of the grid of the pictures it is given."""
+
+    rope: VisionRoPE2D | None = None  # belongs to the encoder, is not a child
+
+    def image_grid(self, images: Tensor) -> tuple[int, int]:
+        """Patch grid of `images` `[B, C, h, w]`. Raises ValueError where the size is not a multiple of the patch."""
+        if images.dim() != 4:
+            raise ValueError(f"images must be [B, channels, height, width], got shape {tuple(images.shape)}")
+        channels = self.patch_embed.proj.in_channels
+        if images.shape[1] != channels:
+            raise ValueError(f"images have {images.shape[1]} channels, this encoder was built for {channels}")
+        height, width = images.shape[-2:]
+        return whole_patches((height, width), tuple(self.patch_embed.feat_ratio(as_scalar=False)))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches and prefix tokens, with the position embedding where there is one: `[B, prefix + N, D]`."""
+        return self._pos_embed(self.patch_embed(images))
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """As timm's on `x` `[B, H, W, D]`, and without a position embedding; under autocast summed up in float32."""
+        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
+        if self.pos_embed is not None:
+            return super()._pos_embed(x)
+        tokens = [getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in tokens if t is not None]
+        return self.pos_drop(torch.cat([*prefix, x.flatten(1, 2)], dim=1))
+
+    def tables(
+        self, batch: int, grid: tuple[int, int], device: torch.device, *,
+        index: Tensor | None = None, positions: Tensor | None = None,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """One rotation table per block, or None per block with RoPE off. ValueError on positions that do not fit."""
+        if self.rope is None:
+            if positions is not None:
+                raise ValueError("positions need RoPE: build the encoder with use_rope=True")
+            return [None] * len(self.blocks)
+        if positions is None and self.training and self.rope.augments:
+            positions = self.rope.augment(self.rope.positions(grid, device), grid)
+        if positions is not None:
+            check_positions(positions, batch, grid)
+        return list(self.rope.tables(grid, positions=positions, index=index, device=device))
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """timm's, on images `[B, C, h, w]` of any size: `[B, prefix + N, D]`, what the encoder gives."""
+        return VisionTransformer.forward_features(self._at(x), x, *args, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's, on images `[B, C, h, w]` of any size."""
+        return VisionTransformer.forward_intermediates(self._at(x), x, *args, **kwargs)
+
+    def _at(self, images: Tensor) -> "GridViT":
+        """This transformer with every block bound to its table for these images' grid, for timm's own loops."""
+        grid = self.image_grid(images)
+        if self.rope is None:
+            return self
+        tables = self.tables(len(images), grid, images.device)
+        view = type(self).__new__(type(self))
+        rest = {name: module for name, module in self._modules.items() if name != "blocks"}
+        bound = _Blocks(partial(block, table=table) for block, table in zip(self.blocks, tables, strict=False))
+        view.__dict__.update(self.__dict__ | {"_modules": rest, "blocks": bound})
+        return view
+
+
+class GridDistilledViT(GridViT, VisionTransformerDistilled):
+    """The same of timm's distilled DeiT, which has two prefix tokens."""
+
+
+KINDS: dict[type, type[GridViT]] = {VisionTransformer: GridViT, VisionTransformerDistilled: GridDistilledViT}
+
+
+class _Blocks(list):
+    """Blocks to be called in order, as nn.Sequential, but no module: they have their place in the transformer."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
 class RotaryBlock(Block):
     """timm's Block with a rotation table to hand on to its attention, a RoPEAttentionWrapper."""
 
@@ -92,16 +178,16 @@ class RotaryBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-def add_rope(block: Any, rope: VisionRoPE2D, layer: int, num_prefix_tokens: int) -> None:
-    """Wrap the attention of a timm Block and let the block pass tables to it. Nothing is copied or renamed."""
+def add_rope(block: Any, rope: VisionRoPE2D, layer: int, num_prefix_tokens: int) -> RotaryBlock:
+    """The timm Block with its attention wrapped, which it passes tables to. Nothing is copied or renamed."""
     block.attn = RoPEAttentionWrapper(block.attn, rope, layer, num_prefix_tokens)
-    block.__class__ = RotaryBlock
+    return adopt(RotaryBlock, block)
 
 
 def widen_half(block: Any) -> Any:
     """Let a timm Block's attention run in float32 where its half precision is slow (see `attention.py`)."""
     if type(block.attn) is Attention:
-        block.attn.__class__ = PlainAttention
+        block.attn = adopt(PlainAttention, block.attn)
     return block
 
 
@@ -115,6 +201,5 @@ def block_weights(block: Any, x: Tensor, table: Tensor | None) -> Tensor:
     attn, x = block.attn, block.norm1(x)
     if table is not None:
         return attn.attention_weights(x, table=table)
-    qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    q, k = attn.q_norm(qkv[0]), attn.k_norm(qkv[1])
-    return ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+    q, k, _, _ = heads(attn, x)
+    return weights(q, k, attn.scale)

@@ -104,7 +104,7 @@ def test_dropped_tokens_keep_their_true_positions(path: str) -> None:
 def test_mixed_frequencies_turn_each_head_by_its_own(path: str) -> None:
     wrapper, x = build_attention(1, path), tokens()
     mixed = VisionRoPE2D(DIM, num_patches_per_side=GRID, kind="mixed", num_heads=HEADS, num_layers=2, theta=3.0)
-    wrapper.__dict__["rope"], wrapper.layer = mixed, 1
+    wrapper.rope, wrapper.layer = mixed, 1
     weights = wrapper.attention_weights(x).double()
     q, k, _ = wrapper.attn.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4).double()
     row, column = patch_positions(*GRID)[:, None].unbind(-1)

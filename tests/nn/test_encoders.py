@@ -3,6 +3,7 @@
 Dropped tokens are in `test_context.py`, the moving average in `test_target.py`.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from builders import MODES, TINY, build_encoder, noisy, pictures
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from hjepa.nn.encoders import ContextEncoder
@@ -86,6 +88,49 @@ def test_without_a_class_token_the_tokens_are_normed() -> None:
     assert tokens.shape == (2, 16, 16)
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
     torch.testing.assert_close(tokens.std(-1, unbiased=False), torch.ones(2, 16), atol=1e-2, rtol=0)
+
+
+SIZES = [(16, 16), (8, 32), (24, 24)]
+
+
+@pytest.mark.parametrize(("use_absolute", "use_rope"), MODES)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@torch.no_grad()
+def test_timm_s_own_methods_give_the_encoder_s_values_at_every_size(
+    name: str, use_absolute: bool, use_rope: bool
+) -> None:
+    options: dict[str, Any] = dict(use_rope=use_rope, use_absolute=use_absolute, rope_theta=20.0, vit=TINY)
+    encoder = noisy(ContextEncoder(name, 16, **options).eval())
+    first = copy.deepcopy(encoder)
+    first.vit.blocks = first.vit.blocks[:1]
+    for size in SIZES:
+        images, grid = pictures(*size), (size[0] // 4, size[1] // 4)
+        expected, prefix = encoder(images), encoder.num_prefix_tokens
+        assert torch.equal(encoder.vit.forward_features(images), expected)
+        last, layers = encoder.vit.forward_intermediates(images, norm=True)
+        assert torch.equal(last, expected) and len(layers) == 2
+        for layer, tokens in zip(layers, (first(images), expected), strict=True):
+            assert torch.equal(layer.flatten(2).transpose(1, 2), tokens[:, prefix:])
+        (layer,) = encoder.vit.get_intermediate_layers(images, norm=True)
+        assert torch.equal(layer, expected[:, prefix:])
+        getter = FeatureGetterNet(copy.deepcopy(encoder.vit), out_indices=[0], norm=True)
+        (map_,) = getter(images)
+        assert map_.shape[2:] == grid and torch.equal(map_.flatten(2).transpose(1, 2), first(images)[:, prefix:])
+
+
+def test_checkpointing_in_timm_s_methods_recomputes_at_the_grid_of_the_forward_pass() -> None:
+    """Two sizes of as many patches: what is recomputed in the backward pass must not take the other's grid."""
+    encoder = noisy(build_encoder(use_absolute=False)).train()
+    grads = []
+    for saving in (False, True):
+        encoder.vit.set_grad_checkpointing(saving)
+        for method in (encoder.vit.forward_features, lambda x: encoder.vit.forward_intermediates(x)[0], encoder):
+            encoder.zero_grad()
+            sum(method(pictures(*size)).square().mul(torch.linspace(0, 1, 16)).sum() for size in SIZES).backward()
+            grads.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    for other in grads[1:]:
+        for one, two in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(two, one, atol=1e-3, rtol=1e-4)
 
 
 # state dicts
