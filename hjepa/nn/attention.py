@@ -162,7 +162,7 @@ class RoPEAttentionWrapper(Attention):
     layer: int
     num_prefix_tokens: int
 
-    def __init__(self, attn: nn.Module, rope: VisionRoPE2D, layer: int = 0, num_prefix_tokens: int = 1) -> None:
+    def __init__(self, attn: Any, rope: VisionRoPE2D, layer: int = 0, num_prefix_tokens: int = 1) -> None:
         if type(attn) not in (Attention, PlainAttention):
             raise ValueError(
                 f"cannot rotate {type(attn).__name__}: RoPEAttentionWrapper takes timm.layers.Attention "

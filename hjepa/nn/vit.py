@@ -43,7 +43,7 @@ def build_vit(
     if overrides.get("class_token") is False:
         overrides = {"global_pool": "avg", "fc_norm": False} | overrides
     try:
-        vit = timm.create_model(
+        vit: Any = timm.create_model(
             encoder_type, pretrained=pretrained, img_size=img_size, num_classes=0, dynamic_img_size=True, **overrides
         )
     except (TypeError, AssertionError) as error:
