@@ -101,6 +101,8 @@ MUTANTS = [
     Mutant("all repeats in one place", "data/moved", "placement(id_, repeat) for", "placement(id_, 0) for", "moved"),
     Mutant("a picture among its own neighbours", "evaluate/readers", ".fill_diagonal_(-math.inf)", "", "baselines"),
     Mutant("colours left normalised", "evaluate/baselines", "(images.cpu() * scale + shift)", "images", "baselines"),
+    Mutant("rows and columns of a patch swapped", "evaluate/dense", "torch.meshgrid(rows, columns, indexing=\"ij\")", "torch.meshgrid(rows, columns, indexing=\"xy\")", "dense"),
+    Mutant("own place counted in patches of the other size", "evaluate/dense", "offset * torch.tensor(home_grid)", "offset * torch.tensor(grid_size)", "dense"),
     Mutant("features of neighbours not centred", "evaluate/readers", "mean = gallery.mean(dim=0)", "mean = 0", "metrics"),
     Mutant("weakest penalty, not the strongest", "evaluate/readers", "return int(np.argmax(share >= best - math", "return int(np.argmax(share >= best - 0 * math", "metrics"),
     Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),

@@ -9,6 +9,7 @@ HOMES = {
     ],
     "readers": ["knn_accuracy", "linear_probe", "probe_hits", "retrieval_hits"],
     "baselines": ["baselines", "best_side", "colour_histogram", "hog"],
+    "dense": ["RawPatches", "dense_transfer"],
     "measures": [
         *("bootstrap_interval", "effective_rank", "feature_std"),
         *("jackknife_interval", "linear_cka", "one_thread"),

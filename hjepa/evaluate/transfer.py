@@ -5,7 +5,7 @@ fitted at the training size and used at another size measures resolution transfe
 size measures what the features still hold. Baselines (raw pixels, an untrained encoder) go the same way.
 
 Readers are in `readers.py`, measures in `measures.py`, rows of results in `results.py`.
-Not covered: fine-tuning and dense tasks.
+Not covered: fine-tuning; what single patches know (`dense.py`).
 """
 
 import re
@@ -66,11 +66,12 @@ def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pool: str = "mean") 
     return torch.cat([F.adaptive_avg_pool2d(maps, cells).flatten(1) for cells in (1, 2)], dim=1)
 
 
-def encode(encoder: EncoderLike, images: Tensor, *, pool: str = "mean", batch_size: int = 256) -> Tensor:
+def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", batch_size: int = 256) -> Tensor:
     """Images [N, 3, h, w] -> frozen features [N, D'] float32 on the CPU, in eval mode, without gradient.
 
     An encoder that returns tokens [B, prefix + N, D] must carry `num_prefix_tokens` and `patch_size`; its
-    prefix tokens are dropped and the patch tokens pooled (`pool_tokens`). One that returns [B, D] is taken as
+    prefix tokens are dropped and the patch tokens pooled (`pool_tokens`; pool None keeps them: [N, H*W, D]).
+    One that returns [B, D] is taken as
     it is. The encoder's train/eval mode is restored. ValueError on a side that is no multiple of the patch,
     or on features that are not finite.
     """
@@ -96,12 +97,13 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str = "mean", batch_si
     return features
 
 
-def _features(encoder: EncoderLike, images: Tensor, grid: tuple[int, int] | None, pool: str) -> Tensor:
+def _features(encoder: EncoderLike, images: Tensor, grid: tuple[int, int] | None, pool: str | None) -> Tensor:
     out = encoder(images)
     if out.ndim == 3:
         if grid is None:
             raise ValueError("an encoder that returns tokens needs patch_size; add it, or pool the tokens to [B, D]")
-        out = pool_tokens(out[:, getattr(encoder, "num_prefix_tokens", 0) :], grid, pool)
+        patches = out[:, getattr(encoder, "num_prefix_tokens", 0) :]
+        out = patches if pool is None else pool_tokens(patches, grid, pool)
     return out.float().cpu()
 
 
