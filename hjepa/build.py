@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from .config import Config, patch_side
 from .data.images import ImageData, load_data
 from .data.views import Crops, draw_crops
+from .inputs import users_own
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
 from .nn.hjepa import HJEPA, build_projector
 from .nn.masks import Masks, sample_kept, sample_masks
@@ -55,6 +56,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
     }
 
 
+@users_own()
 def build_encoders(config: Config, *, pretrained: bool = False) -> tuple[ContextEncoder, TargetEncoder]:
     """Context and target encoder of a config as its run has them at step 0; the EMA schedule is over train.steps.
 
@@ -71,6 +73,7 @@ def build_encoders(config: Config, *, pretrained: bool = False) -> tuple[Context
         )
 
 
+@users_own()
 def build_model(config: Config, classes: int | None = None) -> HJEPA:
     """The model of a config as its run has it at step 0: the weights follow from train.seed alone.
 
@@ -142,6 +145,7 @@ def small_side(config: Config, side: int) -> int:
     return max(1, round(config.views.small_size * side / patch)) * patch
 
 
+@users_own()
 def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks | None:
     """The masks of the whole global batch of a step, of all large views of it; None where every patch is seen."""
     generator = generator_at(config.train.seed, step, "masks")
@@ -155,6 +159,7 @@ def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks |
     return sample_masks(count, grid_size, levels=levels, generator=generator, **options)
 
 
+@users_own()
 def draw_views(config: Config, step: int) -> tuple[list[Crops], list[Crops]]:
     """Large and small views of every picture of the global batch of a step."""
     options, generator = config.views, generator_at(config.train.seed, step, "views")

@@ -16,9 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .inputs import nearest, size_pair
+from .inputs import UserError, nearest, size_pair
 
-MISTAKES = (ValueError, OSError, ImportError)
+MISTAKES = (UserError, OSError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
         if wrong:
             near = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2])) or "none"
             message = f"{wrong[1]!r} is not one of {wrong[2]}; nearest: {near}".replace("'", "")
-        raise ValueError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,13 +118,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     from .config import load_config
-    from .files import fresh_folder, hold
+    from .files import fresh_folder
 
     if arguments.resume and not arguments.run:
-        raise ValueError("--resume needs --run FOLDER, the run to go on with")
+        raise UserError("--resume needs --run FOLDER, the run to go on with")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and not arguments.run:
-        raise ValueError("with several processes name the folder: --run-dir FOLDER")
+        raise UserError("with several processes name the folder: --run-dir FOLDER")
     before = Path(arguments.run or "", "config.yaml")
     file = before if arguments.resume and not arguments.config and before.is_file() else arguments.config
     config = load_config(file, arguments.overrides)
@@ -132,11 +132,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from .train.loop import train
 
-    if int(os.environ.get("RANK", "0")) > 0:
-        train(config, folder, resume=arguments.resume)
+    metrics = train(config, folder, resume=arguments.resume)
+    if not metrics:  # not the main process
         return 0
-    with hold(folder):
-        metrics = train(config, folder, resume=arguments.resume)
     for name, value in metrics.items():
         if name != "versions":
             print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
@@ -157,11 +155,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
     loaded = {Path(run).name: load_run(run, arguments.which) for run in arguments.run}
     if len(loaded) < len(arguments.run):
-        raise ValueError(f"--run: two folders have the same name: {', '.join(arguments.run)}")
+        raise UserError(f"--run: two folders have the same name: {', '.join(arguments.run)}")
     config = next(iter(loaded.values()))[1]
     for name, (_, other) in loaded.items():
         if other.data != config.data:
-            raise ValueError(f"--run {name} was trained with other data settings than {arguments.run[0]}")
+            raise UserError(f"--run {name} was trained with other data settings than {arguments.run[0]}")
     encoders = _views(loaded, arguments.strategy)
     size = config.data.image_size
     splits = [load_split(config, split) for split in ("train", "test")]
@@ -187,9 +185,9 @@ def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
     for word in wanted:
         if word not in STRATEGIES:
             near = nearest(word, STRATEGIES) or "none"
-            raise ValueError(f"--strategy {word!r} is not one of {', '.join(STRATEGIES)}; nearest: {near}")
+            raise UserError(f"--strategy {word!r} is not one of {', '.join(STRATEGIES)}; nearest: {near}")
     if wanted and not any(encoder.rope is not None for encoder, _ in loaded.values()):
-        raise ValueError("--strategy is about RoPE, and no run given has it")
+        raise UserError("--strategy is about RoPE, and no run given has it")
     views: dict[str, Any] = {}
     for name, (encoder, _) in loaded.items():
         if wanted and encoder.rope is not None:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .data.images import DATASETS
 from .files import dump_yaml, parse_yaml, read_yaml, write_whole
-from .inputs import nearest, size_pair
+from .inputs import UserError, nearest, size_pair
 from .nn.frequencies import COORDINATES, KINDS, STRATEGIES
 from .nn.hjepa import DISTANCES, OBJECTIVES
 from .nn.losses import REGULARIZERS, VIEW_LOSSES
@@ -222,7 +222,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"override {text!r} is not of the form key=value, such as train.steps=200")
+            raise UserError(f"override {text!r} is not of the form key=value, such as train.steps=200")
         _set(config, key.strip(), _override(key.strip(), value.strip(), f"override {text!r}"), f"override {text!r}")
     check_config(config)
     return config
@@ -234,7 +234,7 @@ def _override(key: str, text: str, where: str) -> Any:
     if key in TEXT and not quoted and text.lower() not in ("", "~", "null"):
         return text
     if not quoted and re.search(r"(^|\s)#", text):
-        raise ValueError(f"{where} holds a comment, '#...'; only files have comments")
+        raise UserError(f"{where} holds a comment, '#...'; only files have comments")
     return parse_yaml(text, where)
 
 
@@ -276,7 +276,7 @@ def _merge(config: Config, tree: Any, where: str, prefix: str = "") -> None:
         return
     if not isinstance(tree, Mapping):
         what = prefix.rstrip(".") or "the file"
-        raise ValueError(f"{where}: {what} must hold keys with values, not {tree!r}")
+        raise UserError(f"{where}: {what} must hold keys with values, not {tree!r}")
     for key, value in tree.items():
         name = f"{prefix}{key}"
         section = OmegaConf.select(cast(Any, config), name) if _is_name(name) else None
@@ -296,18 +296,18 @@ def _set(config: Config, key: str, value: Any, where: str) -> None:
         hint = f"nearest: {nearest(key, KEYS) or 'none'}"
         if inside:
             hint = f"it is a section; name a key in it, such as {inside}"
-        raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+        raise UserError(f"{where}: unknown key {key!r}; {hint}")
     if "${" in str(value):
-        raise ValueError(f"{where}: {key}={value!r} holds '${{'; config values are never evaluated")
+        raise UserError(f"{where}: {key}={value!r} holds '${{'; config values are never evaluated")
     if key in TEXT and not isinstance(value, str | None):
-        raise ValueError(f"{where}: {key}={value!r} has the wrong type: it is no text; write it in quotes")
+        raise UserError(f"{where}: {key}={value!r} has the wrong type: it is no text; write it in quotes")
     if key in NUMBERS and isinstance(value, str):
-        raise ValueError(f"{where}: {key}={value!r} has the wrong type: it is text, not a number in decimal digits")
+        raise UserError(f"{where}: {key}={value!r} has the wrong type: it is text, not a number in decimal digits")
     try:
         OmegaConf.update(cast(Any, config), key, value)
     except (OmegaConfBaseException, OverflowError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: {key}={value!r} has the wrong type: {reason}") from None
+        raise UserError(f"{where}: {key}={value!r} has the wrong type: {reason}") from None
 
 
 # ---- what makes sense
@@ -339,45 +339,45 @@ def _check_value(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
         if isinstance(number, int | float):
             _check_number(name, number, allowed)
         elif isinstance(value, list) and name != "evaluate.sizes":  # the container lets mappings into lists
-            raise ValueError(f"{name}={value!r} must be a list of numbers")
+            raise UserError(f"{name}={value!r} must be a list of numbers")
     top = allowed.get("interval")
     if top and (len(value) != 2 or not 0 < value[0] <= value[1] <= top):
-        raise ValueError(f"{name}={value} must be two numbers, 0 < smallest <= largest <= {top}")
+        raise UserError(f"{name}={value} must be two numbers, 0 < smallest <= largest <= {top}")
     choices = allowed.get("choices", (value,))
     if value not in choices:
         words = [word for word in choices if word is not None]
         near = nearest(value, words) or "none"
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(words)}; nearest: {near}")
+        raise UserError(f"{name}={value!r} must be one of {', '.join(words)}; nearest: {near}")
 
 
 def _check_number(name: str, number: float, allowed: Mapping[str, Any]) -> None:
     if not -LARGEST <= number <= LARGEST:  # false for NaN too
-        raise ValueError(f"{name}={str(number)[:30]} must be a finite number, at most {LARGEST}")
+        raise UserError(f"{name}={str(number)[:30]} must be a finite number, at most {LARGEST}")
     low, above, high = (allowed.get(word) for word in ("at_least", "above", "at_most"))
     if high is not None and not (low or above or 0) <= number <= high:
-        raise ValueError(f"{name}={number} must be between {low or above or 0} and {high}")
+        raise UserError(f"{name}={number} must be between {low or above or 0} and {high}")
     if low is not None and number < low:
-        raise ValueError(f"{name}={number} must be at least {low}")
+        raise UserError(f"{name}={number} must be at least {low}")
     if above is not None and number <= above:
-        raise ValueError(f"{name}={number} must be above {above}")
+        raise UserError(f"{name}={number} must be above {above}")
 
 
 def _check_together(values: Mapping[str, Any]) -> None:
     _check_image_size(values)
     for name, parts in DIVISIBLE.items():
         if values[name] and values[parts] and values[name] % values[parts]:
-            raise ValueError(f"{name}={values[name]} is not divisible by {parts}={values[parts]}")
+            raise UserError(f"{name}={values[name]} is not divisible by {parts}={values[parts]}")
     if values["views.coordinates"] == "picture" and values["model.rope.strategy"] != "interpolate":
         strategy = f"model.rope.strategy={values['model.rope.strategy']}"
-        raise ValueError(f"views.coordinates=picture needs RoPE with model.rope.strategy=interpolate, not {strategy}")
+        raise UserError(f"views.coordinates=picture needs RoPE with model.rope.strategy=interpolate, not {strategy}")
     if values["objective"] in ("views", "both") and values["views.large"] + values["views.small"] < 2:
-        raise ValueError(f"views.large={values['views.large']} and views.small={values['views.small']} make one view")
+        raise UserError(f"views.large={values['views.large']} and views.small={values['views.small']} make one view")
     if values["train.ema_end"] < values["train.ema_start"]:
         start = f"train.ema_start={values['train.ema_start']}"
-        raise ValueError(f"train.ema_end={values['train.ema_end']} must not be below {start}")
+        raise UserError(f"train.ema_end={values['train.ema_end']} must not be below {start}")
     weights = values["model.level_weights"]
     if not 1 <= len(weights) <= 4 or min(weights) < 0 or not sum(weights):
-        raise ValueError(f"model.level_weights={weights} must be 1 to 4 numbers >= 0, not all 0")
+        raise UserError(f"model.level_weights={weights} must be 1 to 4 numbers >= 0, not all 0")
     for size in values["evaluate.sizes"]:
         size_pair(size)
 
@@ -392,6 +392,6 @@ def _check_image_size(values: Mapping[str, Any]) -> None:
     patch, size = patch_side(values["model.encoder_type"], values["model.patch_size"]), values["data.image_size"]
     near = max(1, (2 * size + patch) // (2 * patch)) * patch
     if size != near:
-        raise ValueError(f"data.image_size={size} is not a multiple of the patch, {patch} pixels; nearest: {near}")
+        raise UserError(f"data.image_size={size} is not a multiple of the patch, {patch} pixels; nearest: {near}")
     if not values["data.train_scales"]:
-        raise ValueError("data.train_scales=[] must name one scale or more; [1.0] trains at image_size alone")
+        raise UserError("data.train_scales=[] must name one scale or more; [1.0] trains at image_size alone")

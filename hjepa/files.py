@@ -5,26 +5,27 @@ a few anchors can unfold to gigabytes. Here doubled keys, anchors and tags are r
 booleans, whole numbers are decimal, and 1e-3 is a number (after the core schema, section 10.3 of
 yaml.org/spec/1.2.2).
 
-The lock is the kernel's (flock on FOLDER/.lock), so it ends with its process however that dies, and a run that was
+The locks are filelock's, held by the kernel, so they end with their process however that dies, and a run that was
 killed never has to be unlocked by hand.
-Not covered: what keys mean, which `hjepa.config` and `hjepa.experiments.sweep` know; Windows, which has no flock; file
-systems of several machines without lock support.
+Not covered: what keys mean, which `hjepa.config` and `hjepa.experiments.sweep` know; file systems of several machines
+without lock support.
 """
 
-import fcntl
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
+from filelock import FileLock, Timeout
 
-from .inputs import nearest
+from .inputs import UserError, nearest
 
+PATIENCE = 1.0  # seconds until a lock counts as held
 LONGEST_FILE = 1_000_000  # bytes; a config is a thousand times shorter
 BOOL = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
 INT = re.compile(r"[-+]?\d+$")
@@ -97,7 +98,7 @@ def user_path(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path}: no such user; give the folder's full path") from None
+        raise UserError(f"{path}: no such user; give the folder's full path") from None
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -113,11 +114,11 @@ def read_yaml(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path} does not exist; nearest: {path.parent / near if near else 'none'}")
     if path.is_dir() or path.stat().st_size > LONGEST_FILE:
         what = "a folder" if path.is_dir() else f"over {LONGEST_FILE} bytes"
-        raise ValueError(f"{path} is {what}, not a YAML file")
+        raise UserError(f"{path} is {what}, not a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a UTF-8 text file") from None
+        raise UserError(f"{path} is not a UTF-8 text file") from None
     return parse_yaml(text, str(path))
 
 
@@ -127,11 +128,11 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{where}: {error.problem}{line}") from None
+        raise UserError(f"{where}: {error.problem}{line}") from None
     except RecursionError:
-        raise ValueError(f"{where}: nested too deep") from None
+        raise UserError(f"{where}: nested too deep") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def fresh_folder(parent: str | Path, name: str) -> Path:
@@ -164,34 +165,52 @@ def hold(folder: str | Path) -> Iterator[Path]:
     """Hold `folder`, made where absent, against every other process until the block ends.
 
     Raises:
-        ValueError: another process holds it; the message names that process.
+        UserError: another process holds it; the message names that process.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(100).strip() or "unknown"
-            raise ValueError(f"{folder} is in use by another run, process {holder}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    lock, holder = FileLock(folder / ".lock"), folder / ".lock.pid"
+    try:
+        lock.acquire(timeout=PATIENCE, poll_interval=PATIENCE / 50)  # `is_held` has it for a moment
+    except Timeout:
+        pid = holder.read_text().strip() if holder.exists() else "unknown"
+        raise UserError(f"{folder} is in use by another run, process {pid or 'unknown'}") from None
+    try:
+        holder.write_text(f"{os.getpid()}\n")
         yield folder
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def is_held(folder: str | Path) -> bool:
     """Whether some process, this one too, holds the folder."""
-    path = Path(folder) / ".lock"
+    path = user_path(folder) / ".lock"
     if not path.exists():
         return False
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with FileLock(path).acquire(timeout=PATIENCE / 50, poll_interval=PATIENCE / 100):
+            return False
+    except Timeout:
+        return True
+
+
+@contextmanager
+def alone(folder: Path, name: str, *, make: bool = True) -> Iterator[None]:
+    """One process at a time in `folder` for the work `name`; the others wait.
+
+    Nobody waits in a folder that cannot be written or, with make=False, is absent.
+    """
+    lock = FileLock(folder / f".{name}.lock")
+    with suppress(OSError):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir():
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_whole(path: str | Path, content: str | bytes | Callable[[BinaryIO], Any]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .build import build_encoders, encoder_arguments, seeded
 from .config import Config, load_config
+from .inputs import UserError
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
 from .train.checkpoint import (
     WEIGHTS,
@@ -58,7 +59,7 @@ def load_run(run_dir: str | Path, which: str = "target") -> tuple[Encoder, Confi
         ValueError: another `which`, or a damaged checkpoint, named.
     """
     if which not in WHICH:
-        raise ValueError(f"which={which!r} is not one of {', '.join(WHICH)}")
+        raise UserError(f"which={which!r} is not one of {', '.join(WHICH)}")
     encoder, config, _ = _load_run(Path(run_dir), which)
     return encoder, config
 
@@ -106,7 +107,7 @@ def export_encoder(
     if push_to is not None:
         _check_hub_name(push_to)
     if which not in WHICH:
-        raise ValueError(f"which={which!r} is not one of {', '.join(WHICH)}")
+        raise UserError(f"which={which!r} is not one of {', '.join(WHICH)}")
     encoder, config, state = _load_run(Path(run_dir), which)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ def _drop_zero_table(encoder: Encoder, weights: dict[str, Tensor]) -> dict[str, 
 
 def _check_hub_name(name: str) -> None:
     if name.count("/") != 1 or not all(name.split("/")) or " " in name:
-        raise ValueError(f"hub name {name!r} must be of the form user/name")
+        raise UserError(f"hub name {name!r} must be of the form user/name")
 
 
 def _push(folder: Path, name: str) -> None:

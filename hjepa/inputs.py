@@ -1,13 +1,29 @@
 """What people hand in, understood or refused by name: names, image sizes, multiples of a patch.
 
-Every refusal is a ValueError of one line that names the value, what is allowed, and the nearest right thing.
+Every refusal is a UserError of one line that names the value, what is allowed, and the nearest right thing.
 Not covered: tensors (`hjepa.nn.checks`) and whole configs (`hjepa.config`).
 """
 
 import difflib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake of the user, said in one line; the command line shows no traceback of it."""
+
+
+@contextmanager
+def users_own() -> Iterator[None]:
+    """Inside, a ValueError is the user's mistake: layers refuse values that come from a config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -25,7 +41,7 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of the allowed names."""
     if value not in allowed:
         near = nearest(value, allowed) or "none"
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}; nearest: {near}")
+        raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}; nearest: {near}")
 
 
 def size_pair(size: Any, name: str = "image size", *, text: bool = True) -> tuple[int, int]:
@@ -43,7 +59,7 @@ def size_pair(size: Any, name: str = "image size", *, text: bool = True) -> tupl
     except (ValueError, TypeError):
         height = width = 0
     if min(height, width) < 1:
-        raise ValueError(f"{name} {size!r} is not understood; give a positive whole number or (height, width)")
+        raise UserError(f"{name} {size!r} is not understood; give a positive whole number or (height, width)")
     return height, width
 
 
@@ -64,5 +80,5 @@ def whole_patches(pixels: tuple[int, int], patch: tuple[int, int]) -> tuple[int,
         if side % step or side < step:
             near = max(step, (2 * side + step) // (2 * step) * step)
             shown = f"image size {pixels[0]}x{pixels[1]}"
-            raise ValueError(f"{shown} is not a multiple of the patch {step}; nearest: {near}")
+            raise UserError(f"{shown} is not a multiple of the patch {step}; nearest: {near}")
     return pixels[0] // patch[0], pixels[1] // patch[1]

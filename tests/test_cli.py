@@ -131,6 +131,19 @@ def test_a_failed_training_is_one_line_and_exit_1(run, tmp_path, capsys):
     assert "the loss is" in error_of(words, capsys, code=1)
 
 
+@pytest.mark.parametrize("bug", [ValueError, TypeError, KeyError, ImportError])
+def test_what_is_no_mistake_of_the_user_keeps_its_traceback(monkeypatch, bug):
+    monkeypatch.setattr(cli, "_run", lambda _: (_ for _ in ()).throw(bug("a bug")))
+    with pytest.raises(bug, match="a bug"):
+        cli.main([])
+
+
+def test_what_layers_refuse_of_a_config_is_the_users_mistake(tmp_path, capsys):
+    line = error_of(["train", "--run", tmp_path / "r", *SMALL, "model.encoder_type=vit_tiny_patch17"], capsys)
+    assert "vit_tiny_patch17" in line
+    assert "levels" in error_of(["train", "--run", tmp_path / "r", *SMALL, "model.level_weights=[1,1,1,1]"], capsys)
+
+
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_run", lambda _: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):

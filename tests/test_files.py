@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from hjepa.files import fresh_folder, fresh_path, hold, is_held, read_json, write_whole
+from hjepa.files import alone, fresh_folder, fresh_path, hold, is_held, read_json, write_whole
 
 HOLDER = """
 import sys, time
@@ -63,6 +63,46 @@ def test_a_killed_holder_leaves_the_folder_free(tmp_path, other_process):
     with hold(tmp_path / "run") as folder:
         assert is_held(folder)
     assert not is_held(tmp_path / "run")
+
+
+STARTER = """
+import sys
+from hjepa.files import hold
+for _ in range(150):
+    with hold(sys.argv[1]):
+        pass
+"""
+
+
+def test_looking_at_a_lock_never_makes_a_starting_run_fail(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    starting = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path / "run")], stderr=subprocess.PIPE)
+    while starting.poll() is None:
+        for _ in range(200):
+            is_held(tmp_path / "run")
+    assert starting.returncode == 0, starting.stderr.read()
+    starting.stderr.close()
+
+
+def test_work_is_done_alone_and_the_others_wait(tmp_path):
+    inside, most = [], []
+
+    def work():
+        with alone(tmp_path / "data", "download"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8
+    with alone(tmp_path / "absent", "download", make=False):
+        assert not (tmp_path / "absent").exists()
 
 
 def test_an_error_inside_frees_the_folder(tmp_path):

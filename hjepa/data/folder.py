@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..files import user_path
-from ..inputs import nearest
+from ..inputs import UserError, nearest
 
 TEST_FRACTION = 0.25  # of data sets that come without a split of their own
 SPLIT_WORDS = {
@@ -50,11 +50,11 @@ def read_image(path: str | Path) -> Tensor:
                 pixels = np.array(_rgb(_upright(image)))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         what = f"image file {path} has more than {Image.MAX_IMAGE_PIXELS} pixels, the limit of Pillow"
-        raise ValueError(f"{what}; store it smaller") from None
+        raise UserError(f"{what}; store it smaller") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more
         reason = " ".join(str(error).split()) or type(error).__name__
         what = f"image file {path} cannot be read ({reason})"
-        raise ValueError(f"{what}; replace it, or set on_corrupt to skip") from None
+        raise UserError(f"{what}; replace it, or set on_corrupt to skip") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -63,7 +63,7 @@ def check_opens(path: Path) -> None:
     ending = path.suffix.lower()
     if ending in UNOPENED and ending not in _opened():
         what = f"image file {path} cannot be read (Pillow does not open {ending} files here)"
-        raise ValueError(f"{what}; store it as PNG or JPEG, or set on_corrupt to skip")
+        raise UserError(f"{what}; store it as PNG or JPEG, or set on_corrupt to skip")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -75,7 +75,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("float pixels have no fixed range; save 8 or 16 bits")
+        raise UserError("float pixels have no fixed range; save 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, or 32 bits used for 16
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
@@ -102,7 +102,7 @@ def find_images(path: str | Path, split: str) -> tuple[list[Path], list[int], li
             files, labels, found = _labelled(test)
             if unknown := sorted(set(found) - set(classes)):
                 where = test / unknown[0] if unknown != [UNLABELLED] else test
-                raise ValueError(f"class folder {where} has no counterpart in {train}")
+                raise UserError(f"class folder {where} has no counterpart in {train}")
             labels = [classes.index(found[label]) for label in labels]
         return files, labels, classes
     folder = train or folder
@@ -110,7 +110,7 @@ def find_images(path: str | Path, split: str) -> tuple[list[Path], list[int], li
     chosen = is_test([file.relative_to(folder).as_posix() for file in files], labels)
     kept = [i for i, in_test in enumerate(chosen) if in_test == (split == "test")]
     if not kept or (classes == [UNLABELLED] and len(kept) == len(files)):
-        raise ValueError(_too_few(folder, len(files), classes, split))
+        raise UserError(_too_few(folder, len(files), classes, split))
     return [files[i] for i in kept], [labels[i] for i in kept], classes
 
 
@@ -147,7 +147,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         return {}  # a class that is called train, say
     if named:
         what = f"folder {folder} has folders named after splits, {', '.join(item.name for item in named)}"
-        raise ValueError(f"{what}, not one for training beside one for testing; name them train and test, or give "
+        raise UserError(f"{what}, not one for training beside one for testing; name them train and test, or give "
                          "the folder of class folders")  # fmt: skip
     return {}
 
@@ -184,7 +184,7 @@ def existing_folder(folder: Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"{folder} is a file; give the folder that holds the class folders")
+        raise UserError(f"{folder} is a file; give the folder that holds the class folders")
     beside = [item.name for item in _folders(folder.parent)] if folder.parent.is_dir() else []
     near = nearest(folder.name, beside)
     hint = f"nearest: {folder.parent / near}" if near else "give an existing folder of class folders"
@@ -196,17 +196,17 @@ def _labelled(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     if not classes:
         loose = _images(folder)
         if not loose:
-            raise ValueError(f"folder {folder} is empty; expected images in class folders, {folder / 'CLASS'}/*.png")
+            raise UserError(f"folder {folder} is empty; expected images in class folders, {folder / 'CLASS'}/*.png")
         return loose, [0] * len(loose), [UNLABELLED]
     files, labels = [], []
     for label, class_folder in enumerate(classes):
         splits = [item.name for item in _folders(class_folder) if split_of(item.name)]
         if len(splits) > 1:
             what = f"class folder {class_folder} holds folders of splits, {', '.join(splits)}"
-            raise ValueError(f"{what}; expected {folder / 'train' / class_folder.name} beside test/{class_folder.name}")
+            raise UserError(f"{what}; expected {folder / 'train' / class_folder.name} beside test/{class_folder.name}")
         found = _images(class_folder)
         if not found:
-            raise ValueError(f"class folder {class_folder} holds no images; fill it or remove it")
+            raise UserError(f"class folder {class_folder} holds no images; fill it or remove it")
         files += found
         labels += [label] * len(found)
     return files, labels, [item.name for item in classes]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..inputs import nearest, size_pair
+from ..inputs import UserError, nearest, size_pair
 from . import openmoji, sources
 from .folder import is_test
 from .moved import MovedPictures
@@ -77,7 +77,7 @@ class ImageData:
         height, width = size_pair(size, text=False)
         chosen = torch.arange(len(self)) if indices is None else torch.as_tensor(indices)
         if chosen.dtype == torch.bool:
-            raise ValueError("indices are a boolean mask; give positions, for example mask.nonzero()[:, 0]")
+            raise UserError("indices are a boolean mask; give positions, for example mask.nonzero()[:, 0]")
         images = self.pictures.resized(chosen.to(torch.int64).tolist(), height, width)
         return normalised(images, self.mean, self.std)
 
@@ -109,11 +109,11 @@ class TrainView(Dataset):
         color_jitter: float = 0.0,
     ) -> None:
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(
+            raise UserError(
                 f"crop_scale {crop_scale!r} must be two numbers with 0 < smallest <= largest <= 1"
             )
         if not 0 <= color_jitter <= 1:
-            raise ValueError(f"color_jitter {color_jitter!r} must be between 0 (none) and 1")
+            raise UserError(f"color_jitter {color_jitter!r} must be between 0 (none) and 1")
         size_pair(image_size, text=False)
         self.data, self.image_size = data, image_size
         self.crop_scale, self.flip, self.color_jitter = tuple(crop_scale), flip, color_jitter
@@ -242,13 +242,13 @@ def load_data(
     listing = spec.read(request)
     members = _members(listing, split)
     if not members:
-        raise ValueError(f"data set {name!r} has no {split} pictures; give some class at least two training pictures")
+        raise UserError(f"data set {name!r} has no {split} pictures; give some class at least two training pictures")
     chosen = [members[i] for i in _limited([listing.labels[i] for i in members], limit, seed)]
     pictures, bad = listing.open(chosen)
     left_out = set(bad)
     good = [index for position, index in enumerate(chosen) if position not in left_out]
     if not good:
-        raise ValueError(f"data set {name!r}, {split} split: none of {len(bad)} images can be read")
+        raise UserError(f"data set {name!r}, {split} split: none of {len(bad)} images can be read")
     ids = [listing.ids[i] for i in good]
     if moved:
         background = [round(255 * value) for value in spec.mean] if spec.background is None else [spec.background] * 3
@@ -269,23 +269,23 @@ def load_data(
 def _check(name: str, split: str, image_size: int, limit: int | None, on_corrupt: str) -> None:
     if name not in DATASETS:
         near = nearest(name, DATASETS) or "none"
-        raise ValueError(f"data set {name!r} is not known; choose one of {', '.join(DATASETS)}; nearest: {near}")
+        raise UserError(f"data set {name!r} is not known; choose one of {', '.join(DATASETS)}; nearest: {near}")
     splits = (*SPLITS, FINAL[name]) if name in FINAL else SPLITS
     if split not in splits:
         near = nearest(str(split), splits) or "none"
-        raise ValueError(f"split {split!r} of {name} is not known; choose one of {', '.join(splits)}; nearest: {near}")
+        raise UserError(f"split {split!r} of {name} is not known; choose one of {', '.join(splits)}; nearest: {near}")
     if on_corrupt not in ("error", "skip"):
-        raise ValueError(f"on_corrupt {on_corrupt!r} is not known; choose error or skip")
+        raise UserError(f"on_corrupt {on_corrupt!r} is not known; choose error or skip")
     size_pair(image_size, text=False)
     if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"limit {limit!r} must be a positive number of pictures, or null for all")
+        raise UserError(f"limit {limit!r} must be a positive number of pictures, or null for all")
 
 
 def _check_moved(moved: bool, repeats: int) -> None:
     if not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats {repeats!r} must be a positive number of placements of each picture")
+        raise UserError(f"repeats {repeats!r} must be a positive number of placements of each picture")
     if repeats > 1 and not moved:
-        raise ValueError(f"repeats {repeats} without moved would give the same pictures again; add moved=True")
+        raise UserError(f"repeats {repeats} without moved would give the same pictures again; add moved=True")
 
 
 def _members(listing: Listing, split: str) -> list[int]:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import user_path
+from ..files import alone, user_path
+from ..inputs import UserError
 from . import openmoji
 from .folder import check_opens, find_images, is_test, read_image
 
@@ -165,17 +166,20 @@ def read_fashion_mnist(request: Request) -> Listing:
     folder = request.root / "FashionMNIST" / "raw"
     stem = "train" if request.split == "train" else "t10k"
     names = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
-    files = _idx_files(folder, names) or _idx_files(DEBIAN, names)
+    with alone(request.root, "fashion_mnist", make=False):  # another process may be writing the files
+        files = _idx_files(folder, names) or _idx_files(DEBIAN, names)
     if files is None:
         url = "https://github.com/zalandoresearch/fashion-mnist/tree/master/data/fashion"
-        with _downloading("fashion_mnist", folder, f"the four files *-ubyte.gz of {url}"):
+        with _downloading("fashion_mnist", request.root, folder, f"the four files *-ubyte.gz of {url}"):
             from torchvision.datasets import FashionMNIST
 
-            FashionMNIST(str(request.root), download=True)
-        files = [folder / name for name in names]
+            files = _idx_files(folder, names)
+            if files is None:
+                FashionMNIST(str(request.root), download=True)
+                files = [folder / name for name in names]
     images, labels = (read_idx(file) for file in files)
     if len(images) != len(labels):
-        raise ValueError(f"{files[0]} has {len(images)} images but {files[1]} has {len(labels)} labels")
+        raise UserError(f"{files[0]} has {len(images)} images but {files[1]} has {len(labels)} labels")
     return _array_listing(images[:, None], labels, FASHION, request.split, fill=0)
 
 
@@ -190,15 +194,15 @@ def read_idx(path: Path) -> np.ndarray:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4) if raw[:3] == b"\0\0\x08" else None
         if shape is None:
-            raise ValueError("not an IDX file of bytes")
+            raise UserError("not an IDX file of bytes")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape.astype(int)).copy()
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise ValueError(f"data file {path} is damaged ({error}); delete it and fetch it again") from None
+        raise UserError(f"data file {path} is damaged ({error}); delete it and fetch it again") from None
 
 
 def read_cifar10(request: Request) -> Listing:
     url = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    with _downloading("cifar10", request.root, url):
+    with _downloading("cifar10", request.root, request.root, url):
         from torchvision.datasets import CIFAR10
 
         data = CIFAR10(str(request.root), train=request.split == "train", download=True)
@@ -208,7 +212,7 @@ def read_cifar10(request: Request) -> Listing:
 
 def read_stl10(request: Request) -> Listing:
     url = "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"
-    with _downloading("stl10", request.root, url):
+    with _downloading("stl10", request.root, request.root, url):
         from torchvision.datasets import STL10
 
         data = STL10(str(request.root), split=request.split, download=True)
@@ -228,18 +232,21 @@ def _array_listing(
 def read_imagenette(request: Request) -> Listing:
     size = "160" if request.image_size <= 80 else "320" if request.image_size <= 160 else ""
     folder = request.root / (f"imagenette2-{size}" if size else "imagenette2")
-    if not folder.is_dir():
+    with alone(request.root, "imagenette", make=False):  # another process may be unpacking it
+        present = folder.is_dir()
+    if not present:
         url = f"https://s3.amazonaws.com/fast-ai-imageclas/{folder.name}.tgz"
-        with _downloading("imagenette", request.root, url):
+        with _downloading("imagenette", request.root, request.root, url):
             from torchvision.datasets import Imagenette
 
-            Imagenette(str(request.root), size=f"{size}px" if size else "full", download=True)
+            if not folder.is_dir():
+                Imagenette(str(request.root), size=f"{size}px" if size else "full", download=True)
     stored = "train" if request.split == "train" else "test"
     files, labels, _ = find_images(folder, stored)
     expected = IMAGENETTE_COUNTS[stored]
     if len(files) != expected:
         state = f"folder {folder} has {len(files)} {stored} images, not {expected}"
-        raise ValueError(f"{state}; delete it to fetch it again")
+        raise UserError(f"{state}; delete it to fetch it again")
     if stored == "test":  # halves of its own test pictures: choices may look at the first, the second is read once
         second = is_test([file.name for file in files], labels, fraction=0.5)
         kept = [i for i, in_second in enumerate(second) if in_second == (request.split == "test-b")]
@@ -249,7 +256,7 @@ def read_imagenette(request: Request) -> Listing:
 
 def read_imagefolder(request: Request) -> Listing:
     if request.path is None:
-        raise ValueError("data set 'imagefolder' needs path=, the folder that holds the class folders")
+        raise UserError("data set 'imagefolder' needs path=, the folder that holds the class folders")
     files, labels, classes = find_images(request.path, request.split)
     return _file_listing(request, user_path(request.path), files, labels, classes)
 
@@ -284,8 +291,17 @@ def _readable(pictures: FilePictures, index: int, skip_corrupt: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _downloading(name: str, folder: Path, what: str) -> Iterator[None]:
-    """Bound the wait of torchvision's downloads; turn a failure into one line that says what to do."""
+def _downloading(name: str, root: Path, folder: Path, what: str) -> Iterator[None]:
+    """Bound the wait of torchvision's downloads; turn a failure into one line that says what to do.
+
+    One process downloads; the others wait for it, and look again for the files in here.
+    """
+    with alone(root, name), _one_line(name, folder, what):
+        yield
+
+
+@contextlib.contextmanager
+def _one_line(name: str, folder: Path, what: str) -> Iterator[None]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

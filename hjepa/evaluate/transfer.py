@@ -18,7 +18,7 @@ from sklearn.pipeline import Pipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..inputs import patch_grid, size_pair
+from ..inputs import UserError, patch_grid, size_pair
 from .measures import (
     Interval,
     bootstrap_interval,
@@ -57,9 +57,9 @@ def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pool: str = "mean") 
     fill the grid.
     """
     if pool not in POOLS:
-        raise ValueError(f"pool {pool!r} is not known; choose one of {', '.join(POOLS)}")
+        raise UserError(f"pool {pool!r} is not known; choose one of {', '.join(POOLS)}")
     if tokens.shape[1] != grid_size[0] * grid_size[1]:
-        raise ValueError(f"{tokens.shape[1]} patch tokens do not fill a {grid_size[0]}x{grid_size[1]} grid")
+        raise UserError(f"{tokens.shape[1]} patch tokens do not fill a {grid_size[0]}x{grid_size[1]} grid")
     if pool == "mean":
         return tokens.mean(dim=1)
     maps = tokens.transpose(1, 2).unflatten(2, grid_size)  # [B, D, H, W]
@@ -91,7 +91,7 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", b
             module.train(was_training)
     features = torch.cat(parts)
     if not torch.isfinite(features).all():
-        raise ValueError(
+        raise UserError(
             f"features at {images.shape[-2]}x{images.shape[-1]} px are not all finite; did training diverge?"
         )
     return features
@@ -101,7 +101,7 @@ def _features(encoder: EncoderLike, images: Tensor, grid: tuple[int, int] | None
     out = encoder(images)
     if out.ndim == 3:
         if grid is None:
-            raise ValueError("an encoder that returns tokens needs patch_size; add it, or pool the tokens to [B, D]")
+            raise UserError("an encoder that returns tokens needs patch_size; add it, or pool the tokens to [B, D]")
         patches = out[:, getattr(encoder, "num_prefix_tokens", 0) :]
         out = patches if pool is None else pool_tokens(patches, grid, pool)
     return out.float().cpu()
@@ -116,7 +116,7 @@ class StrategyView:
 
     def __init__(self, encoder: Any, strategy: str):
         if getattr(encoder, "rope", None) is None:
-            raise ValueError(f"strategy {strategy!r} needs an encoder with RoPE; this one has none")
+            raise UserError(f"strategy {strategy!r} needs an encoder with RoPE; this one has none")
         self.encoder, self.strategy = encoder, strategy
         self.patch_size, self.num_prefix_tokens = encoder.patch_size, encoder.num_prefix_tokens
 

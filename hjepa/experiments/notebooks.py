@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..inputs import nearest
+from ..inputs import UserError, nearest
 
 NUMBER_AS_TEXT = "it is text: write it without quotes, such as 1.0e-3"
 
@@ -50,13 +50,13 @@ def find_parameters(path: str | Path) -> dict[str, Parameter]:
         tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
         source = "".join(tagged[0]["source"]) if tagged else ""
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a notebook (.ipynb)") from None
+        raise UserError(f"{path} is not a notebook (.ipynb)") from None
     if not tagged:
-        raise ValueError(f"{path} has no cell tagged 'parameters'")
+        raise UserError(f"{path} has no cell tagged 'parameters'")
     try:
         return _assignments(source)
     except SyntaxError as error:
-        raise ValueError(f"{path}: the parameters cell is not Python: {error.msg} in line {error.lineno}") from None
+        raise UserError(f"{path}: the parameters cell is not Python: {error.msg} in line {error.lineno}") from None
 
 
 def notebook_digest(path: str | Path) -> str:
@@ -95,12 +95,12 @@ def check_parameters(values: Mapping[str, Any], known: Mapping[str, Parameter], 
     """
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where}: unknown parameter {name!r}; nearest: {nearest(name, known) or 'none'}")
+            raise UserError(f"{where}: unknown parameter {name!r}; nearest: {nearest(name, known) or 'none'}")
         wanted = _wanted(known[name])
         if not any(_fits(value, kind) for kind in wanted):
             hint = f"; {NUMBER_AS_TEXT}" if isinstance(value, str) and _is_number(value) else ""
             names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
-            raise ValueError(f"{where}: {name}={value!r} must be {names}, not {type(value).__name__}{hint}")
+            raise UserError(f"{where}: {name}={value!r} must be {names}, not {type(value).__name__}{hint}")
 
 
 SIMPLE = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "None": type(None)}

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from ..evaluate.results import sweep_csv, sweep_rows
 from ..files import hold, is_held, json_text, read_json, read_yaml, user_path, write_whole
-from ..inputs import nearest
+from ..inputs import UserError, nearest
 from ..versions import differences, versions
 from .notebooks import NotebookError, check_parameters, execute, find_parameters, notebook_digest
 
@@ -99,7 +99,7 @@ def load_sweep(path: str | Path) -> tuple[Sweep, list[Run]]:
     known = find_parameters(sweep.notebook)
     fixed = dict(sweep.parameters)
     if "run_dir" not in known:
-        raise ValueError(f"{sweep.notebook} has no parameter run_dir, so a run cannot be told where to write")
+        raise UserError(f"{sweep.notebook} has no parameter run_dir, so a run cannot be told where to write")
     if "threads" in known and "threads" not in {**fixed, **grid}:
         fixed["threads"] = sweep.threads_per_run
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
@@ -108,23 +108,23 @@ def load_sweep(path: str | Path) -> tuple[Sweep, list[Run]]:
     made_by = [notebook_digest(sweep.notebook), versions()["hjepa"]]
     runs = [_run(sweep, fixed, varied, made_by) for varied in combinations]
     if len({run.folder for run in runs}) < len(runs):
-        raise ValueError(f"{path}: the grid names the same run twice; look for a doubled value")
+        raise UserError(f"{path}: the grid names the same run twice; look for a doubled value")
     return sweep, runs
 
 
 def _read(path: Path) -> Sweep:
     tree = read_yaml(path)
     if not isinstance(tree, dict) or not tree:
-        raise ValueError(f"{path}: a sweep file holds keys such as notebook, parameters and grid")
+        raise UserError(f"{path}: a sweep file holds keys such as notebook, parameters and grid")
     known: dict[str, Any] = {f.name: f.type for f in fields(Sweep)}
     for key, value in tree.items():
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}; nearest: {nearest(str(key), known) or 'none'}")
+            raise UserError(f"{path}: unknown key {key!r}; nearest: {nearest(str(key), known) or 'none'}")
         kind = get_origin(known[key]) or known[key]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{path}: {key}={value!r} must be {kind.__name__}, not {type(value).__name__}")
+            raise UserError(f"{path}: {key}={value!r} must be {kind.__name__}, not {type(value).__name__}")
     if not tree.get("notebook"):
-        raise ValueError(f"{path}: no key `notebook`, the path of what to run")
+        raise UserError(f"{path}: no key `notebook`, the path of what to run")
     sweep = Sweep(**tree)
     sweep.notebook = str(user_path(sweep.notebook))
     sweep.out = str(user_path(sweep.out)) if sweep.out else str(Path("runs", "sweeps", path.stem))
@@ -135,26 +135,26 @@ def _read(path: Path) -> Sweep:
 def _check(sweep: Sweep, path: Path) -> None:
     if sweep.executor not in EXECUTORS:
         near = nearest(sweep.executor, EXECUTORS) or "local"
-        raise ValueError(f"{path}: executor={sweep.executor!r} must be local or slurm; nearest: {near}")
+        raise UserError(f"{path}: executor={sweep.executor!r} must be local or slurm; nearest: {near}")
     for key in ("max_parallel", "threads_per_run", "timeout_min"):
         if getattr(sweep, key) < 1:
-            raise ValueError(f"{path}: {key}={getattr(sweep, key)} must be at least 1")
+            raise UserError(f"{path}: {key}={getattr(sweep, key)} must be at least 1")
     count = 1
     for key, values in {**sweep.grid, "seeds": sweep.seeds or [0]}.items():
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{path}: grid.{key}={values!r} must be a list of one or more values")
+            raise UserError(f"{path}: grid.{key}={values!r} must be a list of one or more values")
         count *= len(values)
     if count > MOST_RUNS:
-        raise ValueError(f"{path}: the grid has {count} runs, more than {MOST_RUNS}")
+        raise UserError(f"{path}: the grid has {count} runs, more than {MOST_RUNS}")
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in sweep.seeds):
-        raise ValueError(f"{path}: seeds={sweep.seeds!r} must be whole numbers")
+        raise UserError(f"{path}: seeds={sweep.seeds!r} must be whole numbers")
     for key, value in {**sweep.parameters, **sweep.grid}.items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in _leaves(value)):
-            raise ValueError(f"{path}: {key}={value!r} holds a number that is not finite, which JSON does not know")
+            raise UserError(f"{path}: {key}={value!r} holds a number that is not finite, which JSON does not know")
     names = [*sweep.parameters, *sweep.grid, *(["seed"] if sweep.seeds else [])]
     for name in ({n for n in names if names.count(n) > 1} | {"run_dir"}) & set(names):
         why = "is set by the sweep itself" if name == "run_dir" else "is given twice (parameters, grid, seeds)"
-        raise ValueError(f"{path}: parameter {name} {why}")
+        raise UserError(f"{path}: parameter {name} {why}")
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -318,7 +318,7 @@ def _executor(sweep: Sweep) -> Any:
         options = {f"slurm_{key}": value for key, value in sweep.slurm.items()} if sweep.executor == "slurm" else {}
         executor.update_parameters(timeout_min=sweep.timeout_min, cpus_per_task=sweep.threads_per_run, **options)
     except (RuntimeError, NameError, TypeError, AssertionError) as error:
-        raise ValueError(f"executor: {sweep.executor} does not work here: {' '.join(str(error).split())}") from None
+        raise UserError(f"executor: {sweep.executor} does not work here: {' '.join(str(error).split())}") from None
     return executor
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..evaluate.results import format_table, rows_from_csv
 from ..files import fresh_folder
-from ..inputs import nearest
+from ..inputs import UserError, nearest
 from ..train.log import read_log
 from .notebooks import check_parameters, execute, find_parameters
 
@@ -80,9 +80,9 @@ def _check_data(data: str, path: str | None) -> None:
 
     if data not in DATASETS:
         near = nearest(data, DATASETS) or "none"
-        raise ValueError(f"data set {data!r} is not known; choose one of {', '.join(DATASETS)}; nearest: {near}")
+        raise UserError(f"data set {data!r} is not known; choose one of {', '.join(DATASETS)}; nearest: {near}")
     if (data == "imagefolder") != (path is not None):
-        raise ValueError("imagefolder takes --path FOLDER, a folder of class folders; no other data set does")
+        raise UserError("imagefolder takes --path FOLDER, a folder of class folders; no other data set does")
     if path is not None and not Path(path).is_dir():
         raise FileNotFoundError(f"--path {path}: no such folder")
 

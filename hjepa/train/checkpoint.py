@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..files import json_text, write_whole
+from ..inputs import UserError
 from .sharding import is_sharded, load_whole, load_whole_optimizer
 
 FORMAT, VERSION = "hjepa-checkpoint", 1
@@ -39,7 +40,7 @@ WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 KINDS = {"step": int, "sha256": dict, "config": dict, "extra": dict}  # of the state's parts
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint or export that cannot be used: the message names the file and the reason."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..config import Config, flat_config, load_config
 from ..files import json_text, read_json, write_whole
+from ..inputs import UserError
 from ..versions import differences, versions
 
 
@@ -83,7 +84,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError(f"{where} is not a row of a training log: {line.strip()[:60]!r}")
+        raise UserError(f"{where} is not a row of a training log: {line.strip()[:60]!r}")
     return row
 
 
@@ -91,7 +92,7 @@ def _board(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "train.tensorboard=true needs the tensorboard package: pip install tensorboard, or set it to false"
         ) from None
     return SummaryWriter(str(folder), purge_step=max(first_step, 0))
@@ -153,12 +154,12 @@ def check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
     """
     saved = any((run_dir / "checkpoints").glob("step_*"))
     if saved and not resume:
-        raise ValueError(f"{run_dir} already holds a run; resume it, or choose another folder")
+        raise UserError(f"{run_dir} already holds a run; resume it, or choose another folder")
     if not saved or not (run_dir / "config.yaml").exists():
         return
     before, now = (flat_config(c) for c in (load_config(run_dir / "config.yaml"), config))
     bound = () if config.loss.regularizer == "none" else ("train.accumulate",)
     for key in before:
         if before[key] != now[key] and (key in bound or not key.startswith(FREE_ON_RESUME)):
-            raise ValueError(f"cannot resume {run_dir}: it was started with {key}={before[key]}, not {now[key]}")
+            raise UserError(f"cannot resume {run_dir}: it was started with {key}={before[key]}, not {now[key]}")
 

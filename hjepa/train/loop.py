@@ -19,6 +19,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..data.images import ImageData
 from ..evaluate.measures import effective_rank, feature_std
 from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
+from ..files import hold, user_path
 from ..inputs import patch_grid
 from ..nn.encoders import TargetEncoder
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_json
@@ -56,12 +58,29 @@ def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress
     run_dir gets config.yaml, log.jsonl, log.csv, checkpoints/ and metrics.json. With resume=True it continues from
     the newest whole checkpoint, bit for bit on a CPU (from the start if there is none yet).
 
+    The folder is held against other processes while this runs; the caller's random state and number of threads stay.
+
     Raises:
-        ValueError: run_dir holds another run, a config that differs from the one resumed, a batch that does not
-            divide among the processes, checkpoints that are all damaged.
+        ValueError: run_dir holds another run or is in use, a config that differs from the one resumed, a batch that
+            does not divide among the processes, checkpoints that are all damaged.
         TrainingDiverged: NaN or infinite loss or gradient.
     """
-    return _Run(config, Path(run_dir), resume, progress).train()
+    run_dir = user_path(run_dir)
+    main = int(os.environ.get("RANK", "0")) == 0
+    with _callers_state(), hold(run_dir) if main else nullcontext():
+        return _Run(config, run_dir, resume, progress).train()
+
+
+@contextmanager
+def _callers_state() -> Iterator[None]:
+    """Threads of torch and random state are the caller's again afterwards."""
+    threads = torch.get_num_threads()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Run:

@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..inputs import UserError
+
 
 def mix(*words: int | str) -> int:
     """A 63-bit seed from integers and words, the same on every machine and in every process."""
@@ -81,7 +83,7 @@ def share(batch_size: int, *, micro: int, accumulate: int, rank: int, processes:
     parts = accumulate * processes
     if batch_size % parts:
         near = max(parts, round(batch_size / parts) * parts)
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size} is the global batch and must be a multiple of accumulate x processes = "
             f"{accumulate} x {processes}; nearest: {near}"
         )

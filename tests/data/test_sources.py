@@ -7,8 +7,10 @@ import pickle
 import re
 import socket
 import struct
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +189,30 @@ def test_damaged_download_is_one_line_too(tmp_path, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Answer(b"junk"))
     with pytest.raises(FileNotFoundError, match=r"cifar10.*corrupted"):
         load_data("cifar10", root=tmp_path)
+
+
+def test_one_process_downloads_and_the_others_wait_for_whole_files(tmp_path, monkeypatch):
+    """Each thread stands for a process: with a half-written file in place nobody says that it is damaged."""
+    monkeypatch.setattr(sources, "DEBIAN", tmp_path / "none")
+    calls = []
+
+    class Slow:
+        def __init__(self, root, download):
+            calls.append(root)
+            folder = tmp_path / "data" / "FashionMNIST" / "raw"
+            write_fashion(folder, "")
+            whole = {path: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."}
+            for path, data in whole.items():
+                path.write_bytes(data[:10])
+            time.sleep(0.3)
+            for path, data in whole.items():
+                path.write_bytes(data)
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", Slow)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = []
+        for _ in range(4):
+            jobs.append(pool.submit(load_data, "fashion_mnist", root=tmp_path / "data"))
+            time.sleep(0.05)
+        found = [job.result() for job in jobs]
+    assert len(calls) == 1 and all(data.ids == found[0].ids for data in found)

@@ -16,6 +16,7 @@ from hjepa.build import build_encoders, build_model, draw_masks, load_split
 from hjepa.config import save_config
 from hjepa.data.images import TrainView
 from hjepa.evaluate.transfer import effective_rank, encode, knn_accuracy
+from hjepa.files import hold, is_held
 from hjepa.hub import CheckpointError, latest_checkpoint, load_run
 from hjepa.nn.encoders import TargetEncoder
 from hjepa.nn.hjepa import HJEPA
@@ -68,6 +69,20 @@ def test_a_run_records_what_made_it_and_resuming_under_other_versions_warns(tiny
     assert len(json.loads((run / "versions.json").read_text())) == 2
 
 
+def test_training_leaves_the_callers_threads_and_random_state_and_holds_the_folder(tiny, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    torch.manual_seed(5)
+    before, held = torch.get_rng_state(), []
+    monkeypatch.setattr(train_module, "save_config", lambda config, path: held.append(is_held(path.parent)))
+    train(tiny("train.steps=2"), tmp_path / "run", progress=False)
+    assert torch.get_num_threads() == 3 and torch.equal(torch.get_rng_state(), before)
+    assert held == [True] and not is_held(tmp_path / "run")
+    torch.set_num_threads(threads)
+    with hold(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
+        train(tiny("train.steps=2"), tmp_path / "run", resume=True, progress=False)
+
+
 # ---- late stops
 
 
@@ -83,7 +98,7 @@ def test_training_sizes_that_the_encoders_own_patch_does_not_divide_stop_at_the_
                   "data.train_scales=[1.0,1.3]", "model.level_weights=[1.0]")  # fmt: skip
     with pytest.raises(ValueError, match="image size 83x83 is not a multiple of the patch 16"):
         train(config, tmp_path / "run", progress=False)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 # ---- one step
