@@ -94,6 +94,14 @@ MUTANTS = [
     Mutant("level weights ignored", "nn/hjepa", "losses.new_tensor(self.level_weights)", "torch.ones_like(losses)", "model"),
     Mutant("predictor without places", "nn/predictor", "self.rope.tables(grid, positions=positions)", "self.rope.tables(grid, positions=0 * positions)", "predictor"),
     Mutant("fractions rounded away", "nn/predictor", "*query_positions), dim=1).float()", "*query_positions), dim=1).float().round()", "predictor"),
+    # views
+    Mutant("views not antialiased", "data/views", "step.clamp(min=1)", "torch.ones_like(step)", "views"),
+    Mutant("mirrored views keep their places", "data/views", "1 - columns / grid[1], columns", "columns / grid[1], columns", "views"),
+    Mutant("crops leave the picture", "data/views", "top * (1 - height), left * (1 - width)", "top, left", "views"),
+    Mutant("grey views keep their colour", "data/views", "masked_fill(chance < grey, 0.0)", "masked_fill(chance < 0, 0.0)", "views"),
+    Mutant("a view compared with itself", "nn/losses", 'scores = scores.masked_fill(itself, float("-inf"))', "pass", "losses"),
+    Mutant("only one positive counts", "nn/losses", ".sum(1) / positive.sum(1)", ".max(1).values", "losses"),
+    Mutant("sketch without its sine", "nn/losses", " + phase.sin().mean(0).square()", "", "losses"),
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
     Mutant("nearest by dot product", "evaluate/readers", "_vote(asked @ known.T,", "_vote((queries - mean) @ (gallery - mean).T,", "metrics"),
