@@ -27,7 +27,7 @@ from hjepa.nn.masks import Masks
 from hjepa.train.optimizer import parameter_groups
 from hjepa.train.schedule import batch_at
 
-ROPE_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "rope_experiment.yaml"
+ROPE_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "masks.yaml"
 SMALL = "train.mixed_precision=no"
 LARGE = (
     "data.image_size=224", "train.batch_size=8", "model.encoder_type=vit_small_patch16_224", "model.patch_size=null",

@@ -23,6 +23,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     train.log train.loop                  the training loop: hjepa.train.train
     evaluate.plots                        data in, matplotlib Axes out
     experiments.notebooks                 a notebook with parameters, in its own process
+    experiments.transfer                  one recipe, several position schemes, read at many sizes
     experiments.sweep experiments.tour    a grid of runs; the main job
     cli                                   the command line
 

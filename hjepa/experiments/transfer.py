@@ -1,0 +1,116 @@
+"""One recipe, several position schemes, read at image sizes never trained on: what notebook 07 and the tour do.
+
+    configs = scheme_configs(recipe, ["rope", "absolute"], ["data.name=openmoji"])
+    train_all(configs, folder, parallel=2)
+    rows = read_all(configs, folder, sizes=[32, 128])
+
+All schemes share recipe, seed, pictures, crops and colours of every step; they differ in how a patch is told where it
+is. Trainings run side by side, one process and one thread each, and go on where an earlier call was stopped.
+Not covered: grids of recipes, which `hjepa.experiments.sweep` runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ..build import build_encoders, load_split, plain
+from ..config import Config, load_config
+from ..evaluate.baselines import baselines
+from ..evaluate.results import Row
+from ..evaluate.transfer import resolution_transfer, with_strategy
+from ..hub import load_run
+from ..inputs import check_choice
+from ..train.loop import train
+
+SCHEMES = {  # rotation, learned position embedding, further settings
+    "rope": (True, False, ()),
+    "absolute": (False, True, ()),
+    "hybrid": (True, True, ()),
+    "none": (False, False, ()),
+    "mixed": (True, False, ("model.rope.kind=mixed", "model.rope.theta=10")),
+    "hybrid_mixed": (True, True, ("model.rope.kind=mixed", "model.rope.theta=10")),
+}
+READ_AS = {"interpolate": "interpolated", "extrapolate": "extrapolated"}
+
+
+def scheme_configs(
+    recipe: str | Path | None, schemes: Sequence[str], overrides: Sequence[str] = ()
+) -> dict[str, Config]:
+    """The configs of a recipe file with each position scheme of SCHEMES; overrides come last.
+
+    Raises:
+        ValueError: an unknown scheme, with the nearest; a setting that `load_config` refuses.
+    """
+    configs = {}
+    for name in schemes:
+        check_choice("scheme", name, tuple(SCHEMES))
+        rope, embedding, more = SCHEMES[name]
+        switches = [f"model.rope.use_rope={str(rope).lower()}", f"model.use_absolute={str(embedding).lower()}"]
+        configs[name] = load_config(recipe, [*switches, *more, *overrides])
+    return configs
+
+
+def train_all(
+    configs: Mapping[str, Config], folder: str | Path, *, parallel: int = 1, progress: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Train each config in folder/NAME, `parallel` at a time; returns their metrics by name, in order.
+
+    A finished training is not repeated. With parallel above 1 each has a process of its own.
+    """
+    jobs = [(config, Path(folder) / name) for name, config in configs.items()]
+    if parallel == 1 or len(jobs) == 1:
+        return {run.name: train(config, run, resume=True, progress=progress) for config, run in jobs}
+    with ProcessPoolExecutor(min(parallel, len(jobs)), get_context("spawn")) as pool:
+        started = [pool.submit(_train, plain(config), run) for config, run in jobs]
+        return {run.name: job.result() for (_, run), job in zip(jobs, started, strict=True)}
+
+
+def _train(tree: dict[str, Any], run: Path) -> dict[str, Any]:
+    """`train` in a process of its own, from a config as plain values."""
+    from omegaconf import OmegaConf
+
+    from ..config import Config as Structure
+
+    config: Any = OmegaConf.merge(OmegaConf.structured(Structure), tree)
+    return train(config, run, resume=True, progress=False)
+
+
+def readers(configs: Mapping[str, Config], folder: str | Path, strategies: Sequence[str] = ("interpolate",)) -> dict:
+    """Name -> encoder: every trained one, those with rotation once per strategy, and the first one's random start."""
+    found: dict[str, Any] = {}
+    for name in configs:
+        encoder = load_run(Path(folder) / name)[0]
+        if encoder.rope is None:
+            found[{"absolute": "absolute, resampled"}.get(name, name)] = encoder
+            continue
+        fitting = [s for s in strategies if encoder.rope.kind != "mixed" or not s.startswith("ntk")]  # needs a theta
+        for strategy in fitting or strategies:
+            found[f"{name}, {READ_AS.get(strategy, strategy)}"] = with_strategy(encoder, strategy)
+    first = next(iter(configs.values()))
+    return found | {"random init": build_encoders(first)[1].eval()}
+
+
+def read_all(
+    configs: Mapping[str, Config],
+    folder: str | Path,
+    sizes: Sequence[Any],
+    *,
+    strategies: Sequence[str] = ("interpolate", "extrapolate"),
+    split: str = "test",
+    progress: bool = False,
+) -> list[Row]:
+    """Rows of `resolution_transfer` for every trained encoder beside its random start and the simple baselines.
+
+    sizes: pixels, beside the training size. gallery, queries, knn_k and pool are those of the first config.
+    """
+    config = next(iter(configs.values()))
+    known, asked = load_split(config, "train"), load_split(config, split)
+    size, options = config.data.image_size, plain(config.evaluate)
+    options.pop("sizes")
+    simple = baselines(known, size)
+    everybody = {**readers(configs, folder, strategies), **simple}
+    return resolution_transfer(
+        everybody, known, asked, train_size=size, sizes=sizes, refit=False, progress=progress, **options
+    )
