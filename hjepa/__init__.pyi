@@ -10,3 +10,5 @@ from .nn.hjepa import HJEPA as HJEPA
 from .nn.masks import sample_masks as sample_masks
 from .nn.predictor import Predictor as Predictor
 from .nn.rope import VisionRoPE2D as VisionRoPE2D
+from .pretrained import list_pretrained as list_pretrained
+from .pretrained import load_pretrained as load_pretrained

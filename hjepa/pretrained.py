@@ -5,15 +5,23 @@
     encoder = hjepa.load_pretrained("photographs-rope")
 
 Each has a folder in hjepa/weights: an export of `hjepa.hub` in half precision, and README.md, its card: command,
-config, seed, steps, minutes, processor, results, data and the terms that follow from them.
+config, seed, steps, minutes, processor, results, data and the terms that follow from them. Made from a run by
+
+    python -m hjepa.pretrained RUN NAME
+
 Not covered: one's own exports and the hub, which `hjepa.hub.load_pretrained` reads.
 """
 
+import json
+import sys
 from pathlib import Path
+
+import torch
 
 from . import hub
 from .inputs import nearest
 from .nn.encoders import ContextEncoder, TargetEncoder
+from .train.checkpoint import write_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -36,7 +44,23 @@ def load_pretrained(name: str) -> ContextEncoder | TargetEncoder:
     return hub.load_pretrained(WEIGHTS / name)[0]
 
 
+def ship(run: str | Path, name: str) -> Path:
+    """Export a run's target encoder to hjepa/weights/NAME in half precision; the card is written by hand beside it."""
+    folder = hub.export_encoder(run, WEIGHTS / name)
+    about = json.loads((folder / hub.CONFIG).read_text(encoding="utf-8"))
+    about["hjepa"]["config"]["data"] |= {"root": "data", "path": None}  # where pictures lay here is nobody's business
+    write_json(folder / hub.CONFIG, about)
+    for file in folder.glob("*.safetensors"):
+        tensors = hub.read_weights(file)
+        hub.write_weights(file, {k: t.half() if t.dtype == torch.float32 else t for k, t in tensors.items()})
+    return folder
+
+
 def card(name: str) -> str:
     """The card of an encoder: what it was trained on and how, what it can do, and under which terms."""
     load_pretrained(name)
     return (WEIGHTS / name / "README.md").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    print(ship(*sys.argv[1:3]))

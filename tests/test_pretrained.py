@@ -1,0 +1,55 @@
+"""Claims of hjepa.pretrained: encoders that come with the package load offline and say where they are from."""
+
+import re
+
+import pytest
+import torch
+
+import hjepa
+from hjepa import pretrained
+from hjepa.train import train
+
+NAMES = hjepa.list_pretrained()
+CARD = ("command", "config", "seed", "steps", "minutes", "processor", "results", "data", "terms")
+MOST = 12_000_000  # bytes of all weights together
+
+
+def test_there_are_encoders_with_rotation_and_with_an_embedding():
+    encoders = [hjepa.load_pretrained(name) for name in NAMES]
+    assert {(e.use_rope, e.use_absolute) for e in encoders} >= {(True, False), (False, True)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_encoder_loads_by_name_and_takes_other_sizes(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    encoder = hjepa.load_pretrained(name)
+    assert not encoder.training and next(encoder.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        for size in (32, 96):
+            assert torch.isfinite(encoder(torch.randn(1, 3, size, size))).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_how_the_weights_were_made_and_under_which_terms(name):
+    text = pretrained.card(name)
+    assert [word for word in CARD if not re.search(rf"^\\| {word} \\|", text, flags=re.MULTILINE)] == []
+
+
+def test_all_weights_together_stay_small():
+    assert sum(file.stat().st_size for file in pretrained.WEIGHTS.rglob("*.safetensors")) < MOST
+
+
+def test_half_precision_changes_features_by_less_than_a_hundredth(tiny, tmp_path, monkeypatch):
+    train(tiny("train.steps=2"), tmp_path / "run", progress=False)
+    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path)
+    pretrained.ship(tmp_path / "run", "small")
+    assert pretrained.list_pretrained() == ["small"]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        whole, half = hjepa.load_run(tmp_path / "run")[0](images), pretrained.load_pretrained("small")(images)
+    assert (whole - half).norm() < 0.01 * whole.norm()
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(ValueError, match=f"pretrained encoder '{NAMES[0]}s' is not one of .*; nearest: {NAMES[0]}"):
+        hjepa.load_pretrained(f"{NAMES[0]}s")
