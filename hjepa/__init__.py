@@ -19,6 +19,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     evaluate.measures evaluate.readers    rank, spread, intervals; kNN, retrieval, linear probes
     evaluate.results evaluate.transfer    rows of results; frozen features -> readings at any size
     evaluate.baselines evaluate.dense     thumbnails, colour histogram, HOG; places read from patch tokens
+    evaluate.published                    published encoders of timm, read like ours
     train.optimizer train.feed            AdamW and Muon; what a step feeds the model
     train.log train.loop                  the training loop: hjepa.train.train
     evaluate.plots                        data in, matplotlib Axes out

@@ -93,11 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
 
     evaluate = add(_evaluate, "read frozen features at several image sizes")
-    evaluate.add_argument("--run", metavar="FOLDER", action="append", required=True, help="a trained run; repeatable")
+    evaluate.add_argument("--run", metavar="FOLDER", action="append", help="a trained run; repeatable")
+    evaluate.add_argument("--timm", metavar="NAME", action="append", help="or a published model of timm; repeatable")
     evaluate.add_argument("--sizes", metavar="LIST", help="such as 32,48,96 or 48x96 (height x width), in pixels")
     evaluate.add_argument("--strategy", metavar="LIST", help="RoPE strategies to read each run with, comma-separated")
     evaluate.add_argument("--which", choices=("target", "context"), default="target", help="which encoder")
-    evaluate.add_argument("--out", metavar="FILE", help="CSV file (default: evaluation.csv in the first run)")
+    evaluate.add_argument("--out", metavar="FILE", help="CSV file (default: evaluation.csv in the first run, or here)")
+    published = evaluate.add_argument_group("with --timm")
+    published.add_argument("--data", metavar="NAME", help="data set (default: openmoji)")
+    published.add_argument("--path", metavar="FOLDER", help="folder of class folders, with --data imagefolder")
+    published.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
+    published.add_argument("--checkpoint", metavar="FILE", help="weights of the one model, instead of the hub's")
+    published.add_argument("--no-pretrained", action="store_true", help="random weights")
+    published.add_argument("--fit-size", metavar="SIZE", help="where readers are fitted (default: its own size)")
 
     export = add(_export, "write a run's encoder as plain timm weights")
     export.add_argument("run", metavar="RUN", help="folder of the run")
@@ -142,14 +150,65 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+RUNS_ONLY, TIMM_ONLY = ("strategy",), ("data", "path", "root", "checkpoint", "no_pretrained", "fit_size")
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if bool(arguments.run) == bool(arguments.timm):
+        need = "--run and --timm exclude each other" if arguments.run else "the following arguments are required: --run"
+        raise ValueError(f"{need}; give --run FOLDER, or --timm NAME with --data NAME")
+    odd = [name for name in (TIMM_ONLY if arguments.run else RUNS_ONLY) if getattr(arguments, name)]
+    if odd:
+        given, other = ("--run", "--timm") if arguments.run else ("--timm", "--run")
+        raise ValueError(f"--{odd[0].replace('_', '-')} goes with {other}, not with {given}")
+    return _evaluate_runs(arguments) if arguments.run else _evaluate_published(arguments)
+
+
+def _evaluate_published(arguments: argparse.Namespace) -> int:
+    from .build import plain
+    from .config import load_config
+    from .data.images import DATASETS, load_data
+    from .evaluate.baselines import baselines
+    from .evaluate.published import published_encoders
+    from .evaluate.transfer import resolution_transfer
+    from .inputs import check_choice
+
+    name, root = arguments.data or "openmoji", arguments.root or "data"
+    check_choice("--data", name, tuple(DATASETS))
+    asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
+    weights = {"checkpoint": arguments.checkpoint, "pretrained": not arguments.no_pretrained}
+    models = published_encoders(arguments.timm, DATASETS[name].mean, DATASETS[name].std, **weights)
+    home = size_pair(arguments.fit_size or next(iter(models.values())).input_size)
+    for model in models.values():
+        for size in (home, *asked):
+            model.check_size(size)
+    side = max(max(size) for size in (home, *asked))
+    splits = [load_data(name, split, root=root, path=arguments.path, image_size=side) for split in ("train", "test")]
+    reading = plain(load_config().evaluate) | {"sizes": asked}
+    encoders = models | baselines(splits[0], home)
+    return _show_rows(resolution_transfer(encoders, *splits, train_size=home, progress=True, **reading), arguments)
+
+
+def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int:
+    """Tables on stdout, all measures in a CSV file; the first row has the size that readers were fitted at."""
+    from .evaluate.results import format_table, rows_to_csv, size_text
+    from .files import fresh_path
+
+    for metric in ("probe", "knn", "retrieval"):
+        print(f"\n{format_table(rows, metric)}")
+    out = Path(arguments.out) if arguments.out else fresh_path(Path(*(arguments.run or [])[:1], "evaluation.csv"))
+    rows_to_csv(rows, out)
+    how = "trained" if arguments.run else "readers fitted"
+    print(f"\n{how} at {size_text(rows[0]['size'])} pixels; all measures: {out}")
+    return 0
+
+
+def _evaluate_runs(arguments: argparse.Namespace) -> int:
     import torch
 
     from .build import build_encoders, load_split, plain
     from .evaluate.baselines import baselines
-    from .evaluate.results import format_table, rows_to_csv
     from .evaluate.transfer import resolution_transfer
-    from .files import fresh_path
     from .hub import load_run
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
@@ -167,13 +226,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(config.train.threads)
     reading = plain(config.evaluate)
     reading["sizes"] = asked or reading["sizes"]
-    rows = resolution_transfer(encoders, *splits, train_size=size, progress=True, **reading)
-    for metric in ("probe", "knn", "retrieval"):
-        print(f"\n{format_table(rows, metric)}")
-    out = Path(arguments.out) if arguments.out else fresh_path(Path(arguments.run[0], "evaluation.csv"))
-    rows_to_csv(rows, out)
-    print(f"\ntrained at {size} pixels; all measures: {out}")
-    return 0
+    return _show_rows(resolution_transfer(encoders, *splits, train_size=size, progress=True, **reading), arguments)
 
 
 def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:

@@ -115,6 +115,11 @@ MUTANTS = [
     Mutant("weakest penalty, not the strongest", "evaluate/readers", "return int(np.argmax(share >= best - math", "return int(np.argmax(share >= best - 0 * math", "metrics"),
     Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),
     Mutant("effective rank not centred", "evaluate/measures", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
+    # published encoders
+    Mutant("published: pixels as the data has them", "evaluate/published", "forward_features(images * self.scale + self.offset)", "forward_features(images)", "published"),
+    Mutant("published: another pooling", "evaluate/published", "self.model.forward_head(tokens, pre_logits=True)", "tokens.mean(1)", "published"),
+    Mutant("published: half a file is enough", "evaluate/published", "    if wrong:\n", "    if False:\n", "published"),
+    Mutant("published: any size goes", "evaluate/published", "if not self.any_size and pixels", "if False and pixels", "published"),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ HOMES = {
     "readers": ["knn_accuracy", "linear_probe", "probe_hits", "retrieval_hits"],
     "baselines": ["baselines", "best_side", "colour_histogram", "hog"],
     "dense": ["RawPatches", "dense_transfer"],
+    "published": ["PublishedEncoder", "published_encoder", "published_encoders"],
     "measures": [
         *("bootstrap_interval", "effective_rank", "feature_std"),
         *("jackknife_interval", "linear_cka", "one_thread"),
