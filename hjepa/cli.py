@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         "--run", "--run-dir", metavar="FOLDER", help="folder of the run (default: a fresh one in runs/)"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --run")
+    train.add_argument("--dry-run", action="store_true", help="say what a step would cost, and train nothing")
+    train.add_argument("--processes", metavar="N", type=int, default=1, help="with --dry-run: how many share a batch")
+    train.add_argument("--speed", metavar="FLOP/S", type=float, default=1e12, help="with --dry-run: of each of them")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
 
     evaluate = add(_evaluate, "read frozen features at several image sizes")
@@ -136,6 +139,11 @@ def _train(arguments: argparse.Namespace) -> int:
     before = Path(arguments.run or "", "config.yaml")
     file = before if arguments.resume and not arguments.config and before.is_file() else arguments.config
     config = load_config(file, arguments.overrides)
+    if arguments.dry_run:
+        from .train.estimate import estimate, format_estimate
+
+        print(format_estimate(estimate(config, processes=arguments.processes, speed=arguments.speed)))
+        return 0
     folder = Path(arguments.run) if arguments.run else fresh_folder("runs", f"train-{datetime.now():%Y%m%d-%H%M%S}")
 
     from .train.loop import train

@@ -120,6 +120,9 @@ MUTANTS = [
     Mutant("published: another pooling", "evaluate/published", "self.model.forward_head(tokens, pre_logits=True)", "tokens.mean(1)", "published"),
     Mutant("published: half a file is enough", "evaluate/published", "    if wrong:\n", "    if False:\n", "published"),
     Mutant("published: any size goes", "evaluate/published", "if not self.any_size and pixels", "if False and pixels", "published"),
+    # the dry run
+    Mutant("dry run: forward alone", "train/estimate", "            loss = model(**arguments).loss\n", "            loss = model(**arguments).loss.detach().requires_grad_()\n", "estimate"),
+    Mutant("dry run: the ring sends all of it", "train/estimate", "2 * (processes - 1) / processes * gradients", "2 * (processes > 1) * gradients", "estimate"),
 ]  # fmt: skip
 
 
