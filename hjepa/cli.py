@@ -164,11 +164,11 @@ RUNS_ONLY, TIMM_ONLY = ("strategy",), ("data", "path", "root", "checkpoint", "no
 def _evaluate(arguments: argparse.Namespace) -> int:
     if bool(arguments.run) == bool(arguments.timm):
         need = "--run and --timm exclude each other" if arguments.run else "the following arguments are required: --run"
-        raise ValueError(f"{need}; give --run FOLDER, or --timm NAME with --data NAME")
+        raise UserError(f"{need}; give --run FOLDER, or --timm NAME with --data NAME")
     odd = [name for name in (TIMM_ONLY if arguments.run else RUNS_ONLY) if getattr(arguments, name)]
     if odd:
         given, other = ("--run", "--timm") if arguments.run else ("--timm", "--run")
-        raise ValueError(f"--{odd[0].replace('_', '-')} goes with {other}, not with {given}")
+        raise UserError(f"--{odd[0].replace('_', '-')} goes with {other}, not with {given}")
     return _evaluate_runs(arguments) if arguments.run else _evaluate_published(arguments)
 
 

@@ -26,7 +26,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ..files import user_path
-from ..inputs import nearest, patch_grid, size_pair, size_text
+from ..inputs import UserError, nearest, patch_grid, size_pair, size_text
 
 RGB = tuple[float, float, float]
 
@@ -61,12 +61,12 @@ class PublishedEncoder(nn.Module):
         pixels = size_pair(size)
         if not self.any_size and pixels != self.input_size:
             own = size_text(self.input_size)
-            raise ValueError(f"{self.name} takes images of {own} px alone, not {size_text(pixels)}; nearest: {own}")
+            raise UserError(f"{self.name} takes images of {own} px alone, not {size_text(pixels)}; nearest: {own}")
         if self.patch_size is not None:
             try:
                 patch_grid(pixels, self.patch_size)
             except ValueError as error:
-                raise ValueError(f"{self.name}: {error}") from None
+                raise UserError(f"{self.name}: {error}") from None
 
     def forward(self, images: Tensor) -> Tensor:
         """Features `[B, D]`, or tokens `[B, prefix + N, D]` of a model that was made without pooling.
@@ -78,7 +78,7 @@ class PublishedEncoder(nn.Module):
         tokens = self.model.forward_features(images * self.scale + self.offset)  # type: ignore[operator]
         features = self.model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
         if features.dim() > 3:
-            raise ValueError(f"{self.name} gives a map {list(features.shape)}, not features: made without pooling")
+            raise UserError(f"{self.name} gives a map {list(features.shape)}, not features: made without pooling")
         return features
 
 
@@ -100,7 +100,7 @@ def published_encoder(
     """
     if not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
         near = nearest(name.split(".")[0], timm.list_models()) or "none"
-        raise ValueError(f"{name!r} is not a timm model; nearest: {near}")
+        raise UserError(f"{name!r} is not a timm model; nearest: {near}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = _create(name, pretrained and checkpoint is None)
@@ -118,7 +118,7 @@ def published_encoders(
         ValueError: a checkpoint for several models or beside pretrained=False; as `published_encoder`.
     """
     if checkpoint is not None and (len(names) > 1 or not pretrained):
-        raise ValueError(f"--checkpoint {checkpoint} is for one model: give one --timm, and no --no-pretrained")
+        raise UserError(f"--checkpoint {checkpoint} is for one model: give one --timm, and no --no-pretrained")
     found: dict[str, PublishedEncoder] = {}
     for name in dict.fromkeys(names):
         found[name] = published_encoder(name, mean, std, checkpoint=checkpoint, pretrained=pretrained)
@@ -138,7 +138,7 @@ def _create(name: str, pretrained: bool) -> nn.Module:
                 raise
         except RuntimeError as error:  # a tag that does not exist, or weights that were never published
             tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
-            raise ValueError(f"{name!r}: {_line(error)}; published weights of this model: {tags}") from None
+            raise UserError(f"{name!r}: {_line(error)}; published weights of this model: {tags}") from None
         except Exception as error:
             if not pretrained:
                 raise
@@ -160,12 +160,12 @@ def _load(model: nn.Module, path: Path) -> None:
         weights = translate(weights, model) if translate else weights
         found = model.load_state_dict({k: t for k, t in weights.items() if not _of_classifier(k, model)}, strict=False)
     except (RuntimeError, SafetensorError, OSError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} does not fit {_name(model)}: {_line(error)}") from None
+        raise UserError(f"checkpoint {path} does not fit {_name(model)}: {_line(error)}") from None
     wrong = [f"{key} is missing" for key in found.missing_keys]
     wrong += [f"{key} has no place" for key in found.unexpected_keys]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(f"checkpoint {path} does not fit {_name(model)}: {wrong[0]}{more}")
+        raise UserError(f"checkpoint {path} does not fit {_name(model)}: {wrong[0]}{more}")
 
 
 def _of_classifier(key: str, model: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..build import build_model, draw_masks, draw_views, load_split, small_side
 from ..config import Config
+from ..inputs import UserError
 from .optimizer import build_optimizer
 from .schedule import share
 
@@ -46,9 +47,9 @@ def estimate(config: Config, *, processes: int = 1, speed: float = 1e12) -> dict
         ValueError: a batch that the processes cannot share, a speed that is not positive, or what the model refuses.
     """
     if not 0 < speed < float("inf"):
-        raise ValueError(f"speed={speed} must be a positive number of FLOP/s, such as 1e12")
+        raise UserError(f"speed={speed} must be a positive number of FLOP/s, such as 1e12")
     if processes < 1:
-        raise ValueError(f"processes={processes} must be at least 1")
+        raise UserError(f"processes={processes} must be at least 1")
     accumulate = config.train.accumulate
     rows = share(config.train.batch_size, micro=0, accumulate=accumulate, rank=0, processes=processes)
     pictures = rows.stop - rows.start
