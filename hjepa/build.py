@@ -43,8 +43,6 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
     use_rope, theta = rope.pop("use_rope"), rope.pop("theta")
     vit = {name: getattr(model, name) for name in VIT_KEYS}
     vit = {name: value for name, value in vit.items() if value is not None}
-    if vit.get("class_token") is False:  # timm then wants mean pooling, whose norm would replace the tokens' norm
-        vit |= {"global_pool": "avg", "fc_norm": False}
     return {
         "encoder_type": model.encoder_type,
         "img_size": config.data.image_size,

@@ -26,6 +26,7 @@ from .build import build_encoders, encoder_arguments, seeded
 from .config import Config, load_config
 from .inputs import UserError
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
+from .nn.vit import timm_arguments
 from .train.checkpoint import (
     WEIGHTS,
     CheckpointError,
@@ -138,7 +139,7 @@ def _export_config(encoder: Encoder, config: Config, state: dict[str, Any], whic
         "architecture": arguments["encoder_type"],
         "num_classes": 0,
         "num_features": encoder.embed_dim,
-        "model_args": {"img_size": size, "dynamic_img_size": True, **arguments["vit"]},
+        "model_args": {"img_size": size, "dynamic_img_size": True, **timm_arguments(arguments["vit"])},
         "pretrained_cfg": {
             "input_size": [3, size, size],
             "fixed_input_size": False,

@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant("positions not gathered", "nn/rope", "return table[0][index]", "return table[:, : index.shape[1]].expand(len(index), -1, -1, -1, -1)", "rope"),
     Mutant("table in bfloat16", "nn/rope", "* self.magnitude(grid_size)\n", "* self.magnitude(grid_size)\n            table = table.bfloat16().float()\n", "rope_module"),
     Mutant("strategy ignored", "nn/rope", "rescaled(base, self.strategy,", 'rescaled(base, "extrapolate",', "rope"),
-    Mutant("strategy left out of the cache's key", "nn/rope", "layer, self.strategy, str(device))", "layer, str(device))", "rope"),
+    Mutant("strategy left out of the cache's key", "nn/rope", "*options, self.strategy, str(device))", "*options, str(device))", "rope"),
     Mutant("no half-patch offset", "nn/frequencies", "((scaled - base) / 2).sum(0)", "((scaled - base) / 2).sum(0) * 0", "rope"),
     Mutant("no temperature under ntk_by_parts", "nn/frequencies", "1 + 0.05 *", "1 + 0 *", "rope"),
     Mutant("table of inference mode cached", "nn/rope", "with torch.inference_mode(False):", "if True:", "rope_module"),

@@ -78,14 +78,15 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", b
     module = encoder.encoder if isinstance(encoder, StrategyView) else encoder
     was_training = isinstance(module, nn.Module) and module.training
     weight = next(iter(module.parameters()), None) if isinstance(module, nn.Module) else None
-    device = images.device if weight is None else weight.device
+    where: Any = images if weight is None or not weight.is_floating_point() else weight  # device and dtype
     patch = getattr(encoder, "patch_size", None)
     grid = None if patch is None else patch_grid(tuple(images.shape[-2:]), patch)
     if isinstance(module, nn.Module):
         module.eval()
     try:
         with torch.no_grad():
-            parts = [_features(encoder, batch.to(device), grid, pool) for batch in images.split(batch_size)]
+            batches = (batch.to(where.device, where.dtype) for batch in images.split(batch_size))
+            parts = [_features(encoder, batch, grid, pool) for batch in batches]
     finally:
         if isinstance(module, nn.Module):
             module.train(was_training)

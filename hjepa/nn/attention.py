@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from .rope import VisionRoPE2D
-from .rotation import rotate_behind_prefix, rotated_heads, split_heads
+from .rotation import rotate_behind_prefix, rotated_heads, split_heads, traced
 
 HALF = (torch.bfloat16, torch.float16)
 SHORT = 128  # tokens up to which plain products in bfloat16 are the faster form in training on a CPU
@@ -87,7 +87,7 @@ def heads(
     widen = dtype in HALF and qkv.device.type == "cpu"
     normed = not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity))
     if widen and not normed:
-        qkv, ours = qkv.to(torch.float32, memory_format=torch.contiguous_format), not torch.compiler.is_compiling()
+        qkv, ours = qkv.to(torch.float32, memory_format=torch.contiguous_format), not traced()
     if table is not None and ours and not normed and not table.requires_grad:
         return *rotated_heads(qkv, table, prefix), dtype
     q, k, v = split_heads(qkv, attn.head_dim)
@@ -101,7 +101,7 @@ def heads(
 
 def _is_ours(linear: nn.Module, qkv: Tensor) -> bool:
     """Whether `qkv` may be overwritten: not half, made this instant by a plain Linear, seen by no hook or compiler."""
-    if torch.compiler.is_compiling() or qkv.dtype in HALF or qkv.device.type not in ("cpu", "cuda"):
+    if traced() or qkv.dtype in HALF or qkv.device.type not in ("cpu", "cuda"):
         return False
     if torch._C._are_functorch_transforms_active():
         return False

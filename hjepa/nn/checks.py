@@ -45,6 +45,15 @@ def check_index(index: Tensor, batch: int, grid: tuple[int, int]) -> None:
         raise ValueError(f"context_idx repeats patch {int(repeated[0])} within a sample: each patch at most once")
 
 
+def as_masked(mask: Tensor) -> Tensor:
+    """A mask of numbers, 1 = hidden and 0 = seen, as booleans; booleans as they are. ValueError on other numbers."""
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        odd = mask[(mask != 0) & (mask != 1)][0]
+        raise ValueError(f"mask holds {odd:g}: 1 (hidden) and 0 (seen) are allowed")
+    return mask.bool()
+
+
 def check_masked(is_masked: Tensor, batch: int, patches: int) -> None:
     """Raise ValueError unless `is_masked` is boolean `[batch, patches]` and leaves every sample a visible patch."""
     check_tensor("is_masked", is_masked)

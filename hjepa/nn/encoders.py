@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..inputs import patch_grid
-from .checks import check_index, check_masked, square_patch
+from .checks import as_masked, check_index, check_masked, square_patch
 from .rope import VisionRoPE2D
 from .vit import GridViT, add_rope, block_weights, build_vit, freeze_head, run_block
 
@@ -44,6 +44,7 @@ class _Encoder(nn.Module):
         use_absolute: bool = True,
         rope: Mapping[str, Any] | None = None,
         vit: Mapping[str, Any] | None = None,
+        use_gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.encoder_type, self.use_rope, self.use_absolute = encoder_type, use_rope, use_absolute
@@ -57,6 +58,7 @@ class _Encoder(nn.Module):
         if not use_absolute:
             self.vit.pos_embed = None
         self.rope = self._add_rope(rope_theta, dict(rope or {})) if use_rope else None
+        self.vit.set_grad_checkpointing(use_gradient_checkpointing)
 
     def _add_rope(self, theta: float, options: dict[str, Any]) -> VisionRoPE2D:
         first: Any = self.vit.blocks[0].attn
@@ -95,6 +97,15 @@ class _Encoder(nn.Module):
         """Patches of the training grid."""
         return self.grid_size[0] * self.grid_size[1]
 
+    def get_patch_size(self) -> int:
+        """`patch_size`."""
+        return self.patch_size
+
+    def get_num_patches(self, img_size: int | tuple[int, int] | None = None) -> int:
+        """Patches of a picture of that size in pixels, by default of the training size."""
+        height, width = self.grid_size if img_size is None else patch_grid(img_size, self.patch_size)
+        return height * width
+
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: CLS, registers, distillation."""
@@ -110,6 +121,8 @@ class _Encoder(nn.Module):
         context_idx: Tensor | None = None,
         is_masked: Tensor | None = None,
         positions: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Encode images of any size that is a multiple of the patch.
 
@@ -119,6 +132,7 @@ class _Encoder(nn.Module):
             is_masked: `[B, N]` booleans, True = hidden. The same by a mask: the output keeps all N places, and hidden
                 ones hold zeros.
             positions: `[N, 2]` or `[B, N, 2]`, (row, column) in patches, in place of the grid's; RoPE only.
+            mask: another name of `is_masked`, which may also hold numbers, 1 = hidden and 0 = seen.
 
         Returns:
             `[B, prefix + N, D]`, or `[B, prefix + n, D]` with context_idx, after the final norm.
@@ -127,6 +141,10 @@ class _Encoder(nn.Module):
             ValueError: sizes, indices or masks that do not fit, an empty context.
         """
         grid = self.image_grid(images)
+        if mask is not None:
+            if is_masked is not None:
+                raise ValueError("mask is another name of is_masked: give one of them")
+            is_masked = as_masked(mask)
         if is_masked is not None:
             if context_idx is not None:
                 raise ValueError("give context_idx or is_masked, not both")
@@ -148,7 +166,7 @@ class _Encoder(nn.Module):
             prefix, patches = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], dim=1)
             x = torch.cat((prefix, patches.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))), dim=1)
         x = self.vit.norm_pre(x)
-        tables = self.vit.tables(len(x), grid, x.device, index=index, positions=positions)
+        tables = self.vit.tables(x.shape[0], grid, x.device, index=index, positions=positions)
         return self.vit.norm(self._run_blocks(x, tables, attn_mask))
 
     def _run_blocks(self, x: Tensor, tables: list[Tensor | None], attn_mask: Tensor | None) -> Tensor:
@@ -197,13 +215,19 @@ class ContextEncoder(_Encoder):
 class TargetEncoder(_Encoder):
     """The encoder that makes the targets: an exponential moving average, never trained, always in eval mode.
 
-    The momentum rises linearly from `ema_start` to `ema_end` over `ema_steps` (I-JEPA: 0.996 -> 1.0).
+    The momentum rises linearly from `ema_start` to `ema_end` over `ema_steps` (I-JEPA: 0.996 -> 1.0). `ema_momentum`,
+    `ema_momentum_end` and `ema_warmup_steps` are other names of the three.
     """
 
     def __init__(
-        self, *args: Any, ema_start: float = 0.996, ema_end: float = 1.0, ema_steps: int = 1000, **kwargs: Any
-    ) -> None:
+        self, *args: Any, ema_start: float = 0.996, ema_end: float = 1.0, ema_steps: int = 1000,
+        ema_momentum: float | None = None, ema_momentum_end: float | None = None, ema_warmup_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
+        ema_start = ema_start if ema_momentum is None else ema_momentum
+        ema_end = ema_end if ema_momentum_end is None else ema_momentum_end
+        ema_steps = ema_steps if ema_warmup_steps is None else ema_warmup_steps
         self.set_schedule(ema_start, ema_end, ema_steps)
         self.requires_grad_(False)
         self.eval()
@@ -229,15 +253,29 @@ class TargetEncoder(_Encoder):
         """Momentum of the update after optimiser step `step` (0, 1, ..)."""
         return self.ema_start + (self.ema_end - self.ema_start) * min(max(step / self.ema_steps, 0.0), 1.0)
 
+    def copy_from_context_encoder(self, context_encoder: nn.Module) -> None:
+        """Take the context encoder's weights as they are. Raises RuntimeError where it is built differently."""
+        self.load_state_dict(context_encoder.state_dict())
+
     @torch.no_grad()
     def update_from_context_encoder(self, context_encoder: nn.Module, current_step: int) -> float:
-        """target = m * target + (1 - m) * context for parameters and float buffers, copies of the rest; returns m."""
+        """target = m * target + (1 - m) * context for parameters and float buffers, copies of the rest; returns m.
+
+        The context encoder may be in any precision. Raises ValueError for one built differently, or a target encoder
+        in half precision.
+        """
         mine, theirs = dict(_named_tensors(self)), dict(_named_tensors(context_encoder))
         if mine.keys() != theirs.keys():
             odd = sorted(mine.keys() ^ theirs.keys())
             raise ValueError(f"context encoder is built differently: {odd[0]} is in one of the two only")
         floats = [name for name, t in mine.items() if t.is_floating_point()]
         momentum = self.momentum_at(current_step)
+        narrow = next((mine[n].dtype for n in floats if mine[n].element_size() < 4), None)
+        if narrow is not None and 0 < momentum < 1:
+            raise ValueError(
+                f"a target encoder in {narrow} cannot hold an average with momentum {momentum:g}, small steps are "
+                "rounded away: keep it in float32, target_encoder.float(), whatever the context encoder's precision"
+            )
         torch._foreach_lerp_([mine[n] for n in floats], [theirs[n].to(mine[n].dtype) for n in floats], 1 - momentum)
         for name in mine.keys() - set(floats):
             mine[name].copy_(theirs[name])
@@ -261,6 +299,7 @@ def create_encoder(
     ema_start: float = 0.996,
     ema_end: float = 1.0,
     ema_steps: int = 1000,
+    use_gradient_checkpointing: bool = False,
 ) -> tuple[ContextEncoder, TargetEncoder]:
     """A context encoder and a target encoder that starts as its exact copy.
 
@@ -274,12 +313,16 @@ def create_encoder(
         rope: more options of VisionRoPE2D (kind, strategy, learnable, ..).
         vit: more options of timm's VisionTransformer (patch_size, embed_dim, depth, num_heads, class_token, ..).
         ema_start, ema_end, ema_steps: the target's momentum schedule.
+        use_gradient_checkpointing: the context encoder's blocks are computed again in the backward pass, not kept.
 
     Raises:
         ValueError: a model, size or option that does not fit, naming the value and what is allowed.
     """
     kwargs: dict[str, Any] = dict(use_absolute=use_absolute, rope=rope, vit=vit)
-    context = ContextEncoder(encoder_type, img_size, pretrained, use_rope, rope_theta, **kwargs)
+    saving = use_gradient_checkpointing
+    context = ContextEncoder(
+        encoder_type, img_size, pretrained, use_rope, rope_theta, use_gradient_checkpointing=saving, **kwargs
+    )
     schedule: dict[str, Any] = dict(ema_start=ema_start, ema_end=ema_end, ema_steps=ema_steps)
     target = TargetEncoder(encoder_type, img_size, False, use_rope, rope_theta, **schedule, **kwargs)
     target.load_state_dict(context.state_dict())

@@ -34,7 +34,7 @@ from .frequencies import (
     normalized,
     rescaled,
 )
-from .rotation import rotate
+from .rotation import rotate, traced, without_autocast
 
 CACHED_GRIDS = 8
 
@@ -179,7 +179,7 @@ class VisionRoPE2D(nn.Module):
 
     def make_table(self, positions: Tensor, grid_size: tuple[int, int], layer: int = 0) -> Tensor:
         """Cosine and sine `[..., N, heads or 1, dim / 2, 2]` in float32; channels that do not turn hold (1, 0)."""
-        with torch.autocast(positions.device.type, enabled=False):
+        with without_autocast(positions.device):
             angles = self.angles(positions, grid_size, layer)
             table = torch.stack((angles.cos(), angles.sin()), dim=-1) * self.magnitude(grid_size)
         still = self.dim // 2 - table.shape[-2]
@@ -223,9 +223,10 @@ class VisionRoPE2D(nn.Module):
 
     def _grid_table(self, grid_size: tuple[int, int], layer: int, device: torch.device | str | None) -> Tensor:
         frozen = self.log_theta is None and self.mixed is None
-        if not frozen or torch.compiler.is_compiling():
+        if not frozen or traced():
             return self.make_table(grid_positions(*grid_size, device=device)[None], grid_size, layer)
-        key = (*grid_size, layer, self.strategy, str(device))
+        options = (self.grid_size, self.thetas, self.coordinates, self.dim, self.rotary_dim)
+        key = (*grid_size, layer, *options, self.strategy, str(device))
         if key not in self._cache:
             with torch.inference_mode(False):  # a table made while only looking must still serve a backward pass
                 table = self.make_table(grid_positions(*grid_size, device=device)[None], grid_size, layer)

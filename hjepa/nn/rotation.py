@@ -19,10 +19,21 @@ Overwriting is allowed only where nobody else holds the buffer; `attention.py` d
 Not covered: positions and tables (`rope.py`).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def traced() -> bool:
+    """Whether torch.compile, an export or torch.jit.trace is looking on: no caches, nothing in place."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """No narrowing inside; devices that cannot autocast (meta) are left alone."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def as_complex(x: Tensor) -> Tensor:

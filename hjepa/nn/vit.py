@@ -10,6 +10,7 @@ Not covered: timm models other than VisionTransformer with its pre-norm Block, a
 `vit_*_rope_*`), which need no wrapper.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,8 @@ from .attention import PlainAttention, RoPEAttentionWrapper, adopt, heads, weigh
 from .checks import check_positions
 from .rope import VisionRoPE2D
 
+ROTARY = "not a timm VisionTransformer; models that are rotary by themselves (eva02, vit_*_rope_*) need no wrapper"
+TOKENS = {"class_token", "reg_tokens"}  # options that published weights need not share
 FIXED = ("img_size", "num_classes", "dynamic_img_size", "pretrained")  # arguments of timm that belong to the encoder
 
 
@@ -40,21 +43,12 @@ def build_vit(
         ValueError: an unknown name, a model that is not a VisionTransformer of plain Blocks, an option timm lacks.
     """
     _check_name(encoder_type, overrides)
-    if overrides.get("class_token") is False:
-        overrides = {"global_pool": "avg", "fc_norm": False} | overrides
-    try:
-        vit: Any = timm.create_model(
-            encoder_type, pretrained=pretrained, img_size=img_size, num_classes=0, dynamic_img_size=True, **overrides
-        )
-    except (TypeError, AssertionError) as error:
-        bad = [name for name in overrides if f"'{name}'" in str(error)]
-        what = f"has no option {bad[0]!r}" if bad else "cannot be built as a timm VisionTransformer"
-        raise ValueError(f"encoder_type={encoder_type!r} with vit={overrides} {what}: {error}") from None
+    other_tokens = not TOKENS.isdisjoint(overrides)
+    vit = _create(encoder_type, img_size, timm_arguments(overrides), pretrained=pretrained and not other_tokens)
     if type(vit) not in KINDS:
-        raise ValueError(
-            f"encoder_type={encoder_type!r} is a {type(vit).__name__}, not a timm VisionTransformer; models that "
-            "are rotary by themselves (eva02, vit_*_rope_*) need no wrapper"
-        )
+        raise ValueError(f"encoder_type={encoder_type!r} is a {type(vit).__name__}, {ROTARY}")
+    if pretrained and other_tokens:
+        _load_pretrained(vit, encoder_type, img_size, overrides)
     odd = [type(block).__name__ for block in vit.blocks if type(block) is not Block]
     if odd or len(vit.blocks) == 0:
         found = f"blocks of type {odd[0]}" if odd else "no blocks"
@@ -63,6 +57,70 @@ def build_vit(
         widen_half(block)
     vit.patch_embed.img_size = None  # the encoder checks sizes; timm's check would bake them into a compiled graph
     return adopt(KINDS[type(vit)], vit)
+
+
+def timm_arguments(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`overrides` with what they mean to timm: without a class token the tokens keep their norm, nothing is pooled."""
+    without = {"global_pool": "avg", "fc_norm": False} if overrides.get("class_token") is False else {}
+    return {**without, **overrides}
+
+
+def _create(
+    encoder_type: str, img_size: int | tuple[int, int], overrides: dict[str, Any], pretrained: bool = False
+) -> Any:
+    fixed: dict[str, Any] = {"img_size": img_size, "num_classes": 0, "dynamic_img_size": True}
+    try:
+        return timm.create_model(encoder_type, pretrained=pretrained, **fixed, **overrides)
+    except RuntimeError as error:
+        raise (_misfit(encoder_type, overrides, error) if pretrained else error) from None
+    except (TypeError, AssertionError) as error:
+        if timm.is_model(encoder_type) and timm.models.model_entrypoint(encoder_type).__module__.endswith(".eva"):
+            raise ValueError(f"encoder_type={encoder_type!r} is a Eva, {ROTARY}") from None
+        bad = [name for name in overrides if f"'{name}'" in str(error)]
+        what = f"has no option {bad[0]!r}" if bad else "cannot be built as a timm VisionTransformer"
+        raise ValueError(f"encoder_type={encoder_type!r} with vit={overrides} {what}: {error}") from None
+
+
+def _load_pretrained(
+    vit: VisionTransformer, encoder_type: str, img_size: int | tuple[int, int], overrides: dict[str, Any]
+) -> None:
+    """timm's published weights for a `vit` with other prefix tokens: what they lack stays as it is, the rest is left.
+
+    Raises ValueError where they do not fit.
+    """
+    rest = {name: value for name, value in overrides.items() if name not in TOKENS}
+    source, own = _create(encoder_type, img_size, rest, pretrained=True), vit.state_dict()
+    weights = source.state_dict()
+    if vit.pos_embed is not None and source.pos_embed is not None:
+        weights["pos_embed"] = _position_embedding(vit, source)
+    for name in ("cls_token", "reg_token"):
+        if name not in own:
+            weights.pop(name, None)
+        else:
+            weights.setdefault(name, own[name])
+    try:
+        vit.load_state_dict(weights)
+    except RuntimeError as error:
+        raise _misfit(encoder_type, overrides, error) from None
+
+
+def _misfit(encoder_type: str, overrides: Mapping[str, Any], error: Exception) -> ValueError:
+    said = " ".join(str(error).split())[:200]
+    return ValueError(f"pretrained weights of {encoder_type!r} do not fit vit={dict(overrides)}: {said}")
+
+
+def _position_embedding(vit: VisionTransformer, source: VisionTransformer) -> Tensor:
+    """The source's position embedding of the patches, behind that of the prefix tokens that both have, by name."""
+    names = [("cls_token", 1), ("dist_token", 1), ("reg_token", vit.num_reg_tokens)]
+    assert vit.pos_embed is not None and source.pos_embed is not None
+    own, given, rows, at = vit.pos_embed.detach(), source.pos_embed.detach(), [], 0
+    prefix = 0 if source.no_embed_class else source.num_prefix_tokens
+    for name, count in names:
+        has = getattr(source, name, None) is not None and prefix > 0
+        if getattr(vit, name, None) is not None and not vit.no_embed_class:
+            rows.append(given[:, at : at + count] if has else torch.zeros_like(own[:, :count]))
+        at += getattr(source, name).shape[1] if has else 0
+    return torch.cat([*rows, given[:, prefix:]], dim=1)
 
 
 def _check_name(encoder_type: str, overrides: dict[str, Any]) -> None:
@@ -108,7 +166,7 @@ class GridViT(VisionTransformer):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """As timm's on `x` `[B, H, W, D]`, and without a position embedding; under autocast summed up in float32."""
-        x = x.float() if torch.is_autocast_enabled(x.device.type) else x
+        x = x.float() if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) else x
         if self.pos_embed is not None:
             return super()._pos_embed(x)
         tokens = [getattr(self, name, None) for name in ("cls_token", "dist_token", "reg_token")]
@@ -143,7 +201,7 @@ class GridViT(VisionTransformer):
         grid = self.image_grid(images)
         if self.rope is None:
             return self
-        tables = self.tables(len(images), grid, images.device)
+        tables = self.tables(images.shape[0], grid, images.device)
         view = type(self).__new__(type(self))
         rest = {name: module for name, module in self._modules.items() if name != "blocks"}
         bound = _Blocks(partial(block, table=table) for block, table in zip(self.blocks, tables, strict=False))

@@ -287,3 +287,15 @@ def test_strategies_of_a_real_encoder_differ_only_away_from_its_training_size():
         assert x.shape == (4, 5 * 32)
         assert torch.allclose(x, y, atol=1e-5) is same
     assert encoder.rope.strategy == "extrapolate"
+
+
+@pytest.mark.parametrize("use_rope", [False, True])
+def test_an_encoder_in_half_precision_is_read_in_its_own(use_rope):
+    vit = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    encoder, _ = create_encoder("vit_tiny_patch16_224", 16, use_rope=use_rope, vit=vit)
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    exact = encode(encoder, images)
+    for dtype in (torch.bfloat16, torch.float64):
+        features = encode(encoder.to(dtype), images)
+        assert features.dtype == torch.float32
+        torch.testing.assert_close(features, exact, atol=0.05, rtol=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import build_encoder, noisy, pictures
+from builders import MODES, build_encoder, noisy, pictures
 from torch._dynamo.testing import CompileCounter
 
 LATER = [(24, 24), (20, 20), (40, 12), (12, 40)]  # after a few sizes have told the compiler that sizes vary
@@ -86,3 +86,52 @@ def test_exported_encoder_agrees_in_onnxruntime(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(9))
     (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(out), encoder(images), atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_rope", [False, True])
+@torch.no_grad()
+def test_an_exported_encoder_takes_any_batch(use_rope: bool) -> None:
+    encoder = noisy(build_encoder(use_rope=use_rope))
+    batch = torch.export.Dim("batch", max=64)
+    program = torch.export.export(encoder, (pictures(),), dynamic_shapes={"images": {0: batch}}).module()
+    for count in (1, 2, 5):
+        images = pictures(batch=count)
+        torch.testing.assert_close(program(images), encoder(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_rope", [False, True])
+@torch.no_grad()
+def test_an_encoder_in_onnx_takes_any_batch(tmp_path: Path, use_rope: bool) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    encoder, batch = noisy(build_encoder(use_rope=use_rope)), torch.export.Dim("batch", max=64)
+    shapes = {"images": {0: batch}}
+    program = torch.onnx.export(encoder, (pictures(),), dynamo=True, verbose=False, dynamic_shapes=shapes)
+    program.save(tmp_path / "e.onnx")
+    session = runtime.InferenceSession(tmp_path / "e.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        images = pictures(batch=count)
+        (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), encoder(images), atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_rope", [False, True])
+def test_a_traced_encoder_gives_the_same_features_and_gradients(use_rope: bool) -> None:
+    encoder = noisy(build_encoder(use_rope=use_rope))
+    traced = torch.jit.trace(encoder, pictures())
+    grads = []
+    for call in (encoder, traced):
+        encoder.zero_grad()
+        call(pictures()).square().mul(torch.linspace(0, 1, 16)).sum().backward()
+        grads.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("use_absolute", "use_rope"), MODES)
+def test_shapes_can_be_had_on_the_meta_device(use_absolute: bool, use_rope: bool) -> None:
+    encoder = build_encoder(use_rope=use_rope, use_absolute=use_absolute).to("meta")
+    assert encoder(pictures().to("meta")).shape == (2, 17, 16)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import MODES, build_encoder, noisy, pictures
+from builders import MODES, TINY, build_encoder, noisy, pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from hjepa.nn.encoders import create_encoder
 
 # dropped tokens
 
@@ -215,3 +217,26 @@ def test_calls_that_do_not_fit_are_refused_by_value(call: dict[str, Any], messag
 def test_positions_need_rope() -> None:
     with pytest.raises(ValueError, match="positions need RoPE"):
         build_encoder(use_rope=False)(pictures(), positions=torch.zeros(16, 2))
+
+
+@torch.no_grad()
+def test_a_mask_of_numbers_hides_what_is_one() -> None:
+    encoder = noisy(build_encoder())
+    hidden = torch.zeros(2, 16, dtype=torch.bool)
+    hidden[0, 3:9], hidden[1, 10:] = True, True
+    expected = encoder(pictures(), is_masked=hidden)
+    assert torch.equal(encoder(pictures(), mask=hidden), expected)
+    assert torch.equal(encoder(pictures(), mask=hidden.float()), expected)
+    assert torch.equal(encoder(pictures(), mask=hidden.long()), expected)
+    with pytest.raises(ValueError, match=r"mask holds 0.5: 1 \(hidden\) and 0 \(seen\) are allowed"):
+        encoder(pictures(), mask=hidden.float() * 0.5)
+    with pytest.raises(ValueError, match="mask is another name of is_masked: give one of them"):
+        encoder(pictures(), is_masked=hidden, mask=hidden)
+
+
+def test_the_report_s_questions_about_patches_and_checkpointing() -> None:
+    encoder = build_encoder((8, 32), use_gradient_checkpointing=True)
+    assert (encoder.get_patch_size(), encoder.get_num_patches(), encoder.get_num_patches((12, 20))) == (4, 16, 15)
+    assert encoder.vit.grad_checkpointing and not build_encoder().vit.grad_checkpointing
+    context, target = create_encoder("vit_tiny_patch16_224", 16, vit=TINY, use_gradient_checkpointing=True)
+    assert context.vit.grad_checkpointing and not target.vit.grad_checkpointing

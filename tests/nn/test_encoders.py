@@ -174,6 +174,44 @@ def test_parts_that_only_a_classifier_uses_take_no_gradient() -> None:
     assert idle == [] and any("attn_pool" in name for name in encoder.state_dict())
 
 
+# published weights
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights with a class token, and the options to load them with from their file."""
+    plain = noisy(timm.create_model("vit_tiny_patch16_224", img_size=16, **TINY))
+    save_file(plain.state_dict(), tmp_path / "weights.safetensors")
+    return plain.state_dict(), {**TINY, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
+
+
+@pytest.mark.parametrize(
+    "tokens", [{}, {"class_token": False}, {"reg_tokens": 4}, {"class_token": False, "reg_tokens": 2}]
+)
+def test_published_weights_load_with_other_prefix_tokens(
+    published: tuple[dict[str, Tensor], dict[str, Any]], tokens: dict[str, Any]
+) -> None:
+    weights, options = published
+    encoder = ContextEncoder("vit_tiny_patch16_224", 16, True, vit=options | tokens)
+    found = encoder.vit.state_dict()
+    for name in set(weights) - {"pos_embed", "cls_token", "head.weight", "head.bias"}:
+        assert torch.equal(found[name], weights[name]), name
+    assert torch.equal(found["pos_embed"][:, -16:], weights["pos_embed"][:, 1:])
+    if tokens.get("class_token", True):
+        assert torch.equal(found["cls_token"], weights["cls_token"])
+        assert torch.equal(found["pos_embed"][:, :1], weights["pos_embed"][:, :1])
+    assert encoder(pictures()).shape[1] == encoder.num_prefix_tokens + 16
+
+
+def test_published_weights_that_do_not_fit_are_refused_in_one_line(
+    published: tuple[dict[str, Tensor], dict[str, Any]],
+) -> None:
+    for odd in ({"embed_dim": 32}, {"embed_dim": 32, "class_token": False}):
+        with pytest.raises(ValueError, match=r"pretrained weights of 'vit_tiny\w*' do not fit vit=.*32") as caught:
+            ContextEncoder("vit_tiny_patch16_224", 16, True, vit=published[1] | odd)
+        assert "\n" not in str(caught.value)
+
+
 # image sizes
 
 
@@ -260,6 +298,7 @@ def test_strategy_is_chosen_at_test_time_and_only_matters_on_other_grids() -> No
         ("vit_tiny_patch16", {}, "nearest: vit_tiny_patch16_"),
         ("resnet18", {}, "resnet18.* cannot be built as a timm VisionTransformer"),
         ("eva02_tiny_patch14_224", {"depth": 1}, "is a Eva, not .*; models that are rotary by themselves"),
+        ("vit_small_patch16_dinov3", {"class_token": False}, "is a Eva, not .*; models that are rotary by themselves"),
         ("vit_small_patch16_rope_224", {"depth": 1}, "is a Eva, not a timm VisionTransformer"),
         ("vit_small_patch16_18x2_224", {"depth": 1}, "blocks of type ParallelThingsBlock"),
     ],

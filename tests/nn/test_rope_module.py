@@ -11,7 +11,7 @@ from builders import OTHER, TRAINED, build_rope, random_qk
 from formulas import axial_angles, patch_positions, rotate_rows
 from torch import Tensor
 
-from hjepa.nn.rope import CACHED_GRIDS, grid_positions, rotate
+from hjepa.nn.rope import CACHED_GRIDS, VisionRoPE2D, grid_positions, rotate
 
 # coordinate augmentation
 
@@ -263,3 +263,10 @@ def test_tensors_that_do_not_fit_are_refused(shape: tuple[int, ...], options: di
 def test_a_layer_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layer=2 is not one of the 2 layers, 0\.\.1"):
         build_rope(kind="mixed", num_layers=2).frequencies(2)
+
+
+def test_a_table_follows_the_training_grid_that_is_set_later() -> None:
+    rope = VisionRoPE2D(16, 8, 4, strategy="interpolate")
+    rope.table((8, 8))
+    rope.grid_size = (8, 8)
+    assert torch.equal(rope.table((8, 8)), VisionRoPE2D(16, 8, 8, strategy="interpolate").table((8, 8)))

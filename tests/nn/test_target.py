@@ -102,3 +102,30 @@ def test_pretrained_weights_are_kept_in_both_encoders(tmp_path: Path, use_rope: 
                 assert torch.equal(encoder.vit.state_dict()[name], value)
     if not use_rope:
         assert torch.equal(context.eval()(pictures(32)), trained.eval().forward_features(pictures(32)))
+
+
+def test_a_target_in_half_precision_is_refused_and_one_in_float32_follows_any_context() -> None:
+    """In bfloat16 a step of 0.4 % of the difference is rounded away: the target would never move."""
+    context, target = build_pair()
+    context = context.bfloat16()
+    with torch.no_grad():
+        for parameter in context.parameters():
+            parameter.mul_(1.1)
+    target.set_schedule(0.996, 0.996, 1)
+    for step in range(2000):
+        target.update_from_context_encoder(context, step)
+    name = "vit.patch_embed.proj.weight"
+    assert target.state_dict()[name].dtype == torch.float32
+    torch.testing.assert_close(target.state_dict()[name], context.state_dict()[name].float(), atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"a target encoder in torch.bfloat16 cannot hold .* keep it in float32"):
+        target.bfloat16().update_from_context_encoder(context, 0)
+
+
+def test_the_report_s_names_of_the_schedule_and_of_the_copy() -> None:
+    context, _ = build_pair()
+    schedule = {"ema_momentum": 0.9, "ema_momentum_end": 0.95, "ema_warmup_steps": 10}
+    target = TargetEncoder("vit_tiny_patch16_224", 16, use_rope=True, rope_theta=20.0, vit=TINY, **schedule)
+    assert [target.momentum_at(step) for step in (0, 5, 10, 20)] == pytest.approx([0.9, 0.925, 0.95, 0.95])
+    assert not torch.equal(target(pictures()), context.eval()(pictures()))
+    target.copy_from_context_encoder(context)
+    assert torch.equal(target(pictures()), context(pictures()))
