@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hjepa.evaluate.results import Row, rows_from_csv, size_text, summarise
+from hjepa.evaluate.results import Row, paired, rows_from_csv, size_text, summarise
 
 Claim = dict[str, Any]
 VERDICTS = ("holds", "holds when", "does not hold", "not settled yet")
@@ -107,17 +107,12 @@ def bench_ratios(results: Mapping[str, Any], what: str) -> dict[str, dict[str, f
 
 def gains(rows: Sequence[Row], train_size: int) -> list[Row]:
     """RoPE's probe accuracy minus the table's, in points, per seed and size other than the training size."""
-    found: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        if row["metric"] == "probe" and row["size"] != (train_size, train_size):
-            readers = found.setdefault((row.get("seed", 0), row["size"]), {})
-            if row["encoder"] in readers:
-                raise ValueError(f"{row['encoder']!r} stands twice for seed {row.get('seed', 0)} at {row['size']}")
-            readers[row["encoder"]] = row["value"]
+    kept = [row for row in rows if row["metric"] == "probe" and row["encoder"] in (ROPE, TABLE)]
     return [
-        {"encoder": "gain", "metric": "probe", "size": size, "seed": seed, "value": 100 * (v[ROPE] - v[TABLE]),
-         "relative": 100 * (v[ROPE] / v[TABLE] - 1), "low": math.nan, "high": math.nan}
-        for (seed, size), v in found.items() if ROPE in v and TABLE in v
+        {"encoder": "gain", "metric": "probe", "size": row["size"], "seed": row.get("seed", 0),
+         "value": 100 * (row["value"] - base["value"]), "relative": 100 * (row["value"] / base["value"] - 1),
+         "low": math.nan, "high": math.nan}
+        for row, base in paired(kept, TABLE) if row["size"] != (train_size, train_size)
     ]  # fmt: skip
 
 

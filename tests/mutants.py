@@ -109,6 +109,8 @@ MUTANTS = [
     Mutant("all repeats in one place", "data/moved", "placement(id_, repeat) for", "placement(id_, 0) for", "moved"),
     Mutant("a picture among its own neighbours", "evaluate/readers", ".fill_diagonal_(-math.inf)", "", "baselines"),
     Mutant("colours left normalised", "evaluate/baselines", "(images.cpu() * scale + shift)", "images", "baselines"),
+    Mutant("pictures counted as if seeds shared none", "evaluate/primary", "seeds_part + pictures_part - rest_part", "seeds_part", "primary"),
+    Mutant("Holm's steps in the wrong order", "evaluate/primary", "np.argsort(p)", "np.argsort(-p)", "primary"),
     Mutant("rows and columns of a patch swapped", "evaluate/dense", "torch.meshgrid(rows, columns, indexing=\"ij\")", "torch.meshgrid(rows, columns, indexing=\"xy\")", "dense"),
     Mutant("own place counted in patches of the other size", "evaluate/dense", "offset * torch.tensor(home_grid)", "offset * torch.tensor(grid_size)", "dense"),
     Mutant("features of neighbours not centred", "evaluate/readers", "mean = gallery.mean(dim=0)", "mean = 0", "metrics"),

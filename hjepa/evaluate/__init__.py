@@ -9,6 +9,7 @@ HOMES = {
     ],
     "readers": ["knn_accuracy", "linear_probe", "probe_hits", "retrieval_hits"],
     "baselines": ["baselines", "best_side", "colour_histogram", "hog"],
+    "primary": ["crossed_interval", "holm", "primary", "save_hits", "saved_hits"],
     "dense": ["RawPatches", "dense_transfer"],
     "published": ["PublishedEncoder", "published_encoder", "published_encoders"],
     "measures": [

@@ -1,7 +1,8 @@
-"""Rows of results: average over seeds, write to CSV, print as a table.
+"""Rows of results: average over seeds, pair by seed, write to CSV, print as a table.
 
 A row is a plain dict with encoder, size (height, width in pixels), metric, value, low, high, n and any tags
-(seed, data set, recipe). Not covered: where rows come from (`hjepa.evaluate`) and figures (`hjepa.evaluate.plots`).
+(seed, data set, recipe). Not covered: where rows come from (`hjepa.evaluate.transfer`), comparisons fixed beforehand
+(`hjepa.evaluate.primary`) and figures (`hjepa.evaluate.plots`).
 """
 
 import csv
@@ -55,9 +56,9 @@ def _average(members: list[Row], over: str, interval: str, level: float) -> Row:
     elif interval == "range":
         low, high = float(values.min()), float(values.max())
     else:
-        from scipy.special import stdtrit  # here, because the command line reads this module before it prints help
+        from scipy.stats import t  # here, because the command line reads this module before it prints help
 
-        half = float(stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(n))
+        half = float(t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
         low, high = mean - half, mean + half
     return {**setting, "value": mean, "low": low, "high": high, "n": n, "interval": interval}
 
@@ -67,12 +68,17 @@ def rows_to_csv(rows: Sequence[Row], path: str | Path) -> None:
     names = dict.fromkeys(key for row in rows for key in row)
     columns = [name for name in names if name not in MEASURED] + [name for name in MEASURED if name in names]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow(cells | {"size": size_text(row["size"])})
+    Path(path).write_text(_csv_text(rows, columns), encoding="utf-8", newline="")
+
+
+def _csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        writer.writerow(cells | ({"size": size_text(row["size"])} if "size" in row else {}))
+    return text.getvalue()
 
 
 def rows_from_csv(path: str | Path) -> list[Row]:
@@ -122,13 +128,7 @@ def _settings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def sweep_csv(rows: Sequence[Row]) -> str:
     """The text of a sweep's table.csv. As `rows_to_csv`, whose reader reads it, but a row need not have a size."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        cells = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-        writer.writerow(cells | ({"size": size_text(row["size"])} if "size" in row else {}))
-    return text.getvalue()
+    return _csv_text(rows, list(dict.fromkeys(key for row in rows for key in row)))
 
 
 def by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -139,13 +139,33 @@ def by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
+def paired(rows: Sequence[Row], base: str) -> list[tuple[Row, Row]]:
+    """Each row of another encoder with the row of encoder `base` at the same metric, size and seed (0 if it has none).
+
+    Rows without such a partner are left out. ValueError if two rows claim one place.
+    """
+    places: dict[tuple, Row] = {}
+    for row in rows:
+        key = (row["encoder"], *_place(row))
+        if key in places:
+            raise ValueError(f"{row['encoder']!r} stands twice for seed {key[3]}, {key[1]} at {size_text(key[2])}")
+        places[key] = row
+    return [
+        (row, places[base, *_place(row)])
+        for row in rows
+        if row["encoder"] != base and (base, *_place(row)) in places
+    ]
+
+
+def _place(row: Row) -> tuple[str, tuple[int, int], Any]:
+    return row["metric"], size_pair(row["size"]), row.get("seed", 0)
+
+
 def paired_gains(rows: Sequence[Row], base: str) -> list[Row]:
     """Each row's value minus that of encoder `base` at the same metric, size and seed, in points (hundredths)."""
-    at_base = {(r["metric"], size_pair(r["size"]), r["seed"]): r["value"] for r in rows if r["encoder"] == base}
     return [
-        {**row, "value": 100 * (row["value"] - at_base[key]), "low": math.nan, "high": math.nan}
-        for row in rows
-        if row["encoder"] != base and (key := (row["metric"], size_pair(row["size"]), row["seed"])) in at_base
+        {**row, "value": 100 * (row["value"] - other["value"]), "low": math.nan, "high": math.nan}
+        for row, other in paired(rows, base)
     ]
 
 

@@ -167,6 +167,7 @@ def resolution_transfer(
     batch_size: int = 256,
     seed: int = 0,
     tags: Mapping[str, Any] | None = None,
+    hits: dict[tuple[str, tuple[int, int], str], Tensor] | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """Read every encoder at every size; rows with encoder, size (h, w), metric, value, low, high, n.
@@ -179,7 +180,8 @@ def resolution_transfer(
     effective_rank, feature_std
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
     train_size is read even if not in `sizes`.
-    tags (for example seed and data set) are added to every row. ValueError, before any work, on a size that
+    tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
+    pictures were read rightly: bool [n]. ValueError, before any work, on a size that
     is no multiple of an encoder's patch.
     """
     home = size_pair(train_size)
@@ -201,14 +203,16 @@ def resolution_transfer(
             if size == home:
                 fitted[name] = (here, known[name], x)
             probe, x_train, x_home = fitted[name]
-            found = {
-                "probe": bootstrap_interval(probe_hits(probe, x, y_test), seed=seed, groups=same),
-                "knn": bootstrap_interval(knn_accuracy(x_train, y_train, x, y_test, k), seed=seed, groups=same),
-                "retrieval": bootstrap_interval(retrieval_hits(x, x_home), seed=seed, groups=same),
-                **_geometry(x, x_home, seed),
+            right = {
+                "probe": probe_hits(probe, x, y_test),
+                "knn": knn_accuracy(x_train, y_train, x, y_test, k),
+                "retrieval": retrieval_hits(x, x_home),
+                **({"probe_refit": probe_hits(here, x, y_test)} if refit else {}),
             }
-            if refit:
-                found["probe_refit"] = bootstrap_interval(probe_hits(here, x, y_test), seed=seed, groups=same)
+            if hits is not None:
+                hits |= {(name, size, metric): each for metric, each in right.items()}
+            shares = {metric: bootstrap_interval(each, seed=seed, groups=same) for metric, each in right.items()}
+            found = shares | _geometry(x, x_home, seed)
             base = {**(tags or {}), "encoder": name, "size": size}
             rows += [
                 {**base, "metric": metric, "value": v, "low": low, "high": high, "n": len(x)}

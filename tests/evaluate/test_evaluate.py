@@ -221,6 +221,15 @@ def test_intervals_of_moved_pictures_count_each_picture_once():
     assert widths[0] == pytest.approx(2 * widths[1], rel=0.2)
 
 
+def test_the_hits_behind_each_share_are_handed_out():
+    hits: dict[Any, torch.Tensor] = {}
+    data = Colours(40, 0), Colours(30, 1)
+    rows = resolution_transfer({"e": Fades()}, *data, train_size=8, sizes=[16], hits=hits)
+    assert set(hits) == {("e", (s, s), m) for s in (8, 16) for m in ("probe", "knn", "retrieval", "probe_refit")}
+    for (_, size, metric), each in hits.items():
+        assert each.shape == (30,) and float(each.double().mean()) == _value(rows, size=size, metric=metric)
+
+
 def test_neighbours_are_at_most_as_many_as_the_gallery_has_pictures():
     rows = resolution_transfer({"e": PatchMeans()}, Colours(6, 0), Colours(9, 1), train_size=8, sizes=[], refit=False)
     few = resolution_transfer(
