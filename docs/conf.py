@@ -9,11 +9,17 @@ for source, target in ((HERE.parent / "notebooks", HERE / "notebooks"), (HERE.pa
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
 
+EXTRA = HERE / "_extra"  # the explorable page under the path that it has in the repository, so that one link serves both
+shutil.rmtree(EXTRA, ignore_errors=True)
+(EXTRA / "docs").mkdir(parents=True)
+for page in ("explore.html", "explore.js"):
+    shutil.copy(HERE / page, EXTRA / "docs")
+
 project = "hjepa"
 author = "hjepa authors"
 copyright = "hjepa authors, MIT licence"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints", "results/**"]
+exclude_patterns = ["_build", "_extra", "**/.ipynb_checkpoints", "results/**"]
 nb_execution_mode = "off"  # the outputs are committed, and `make test` compares them
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 myst_enable_extensions = ["dollarmath", "amsmath"]
@@ -23,6 +29,7 @@ autodoc_typehints = "description"
 napoleon_google_docstring = True
 html_theme = "furo"
 html_title = "hjepa"
+html_extra_path = ["_extra"]
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"]
 
 
