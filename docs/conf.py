@@ -9,7 +9,7 @@ for source, target in ((HERE.parent / "notebooks", HERE / "notebooks"), (HERE.pa
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
 
-EXTRA = HERE / "_extra"  # the explorable page under the path that it has in the repository, so that one link serves both
+EXTRA = HERE / "_extra"  # the explorable page under its path in the repository, so that one link serves both
 shutil.rmtree(EXTRA, ignore_errors=True)
 (EXTRA / "docs").mkdir(parents=True)
 for page in ("explore.html", "explore.js"):

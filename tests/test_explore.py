@@ -1,6 +1,6 @@
 """The explorable page: its numbers are the package's, it asks nobody for anything, and it works at both widths.
 
-The JavaScript runs in node, where it is installed, and in Debian's chromium; a test whose program is missing is skipped.
+The JavaScript runs in node and in Debian's chromium; a test whose program is missing is skipped.
 """
 
 import json
