@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "LOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "explore.html", *sorted((ROOT / "notebooks").glob("*.ipynb")),
-    *sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb")),
+    *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "explore.html",
+    *sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb")),
 ]  # fmt: skip
 MARKDOWN = re.compile(r"(?<!\!)\[([^\]\[]+)\]\(([^()\s]+(?:\([^()]*\))?)\)")
 HTML = re.compile(r'<a\s[^>]*href="([^"]*)"[^>]*>(.*?)</a>', flags=re.DOTALL)
@@ -29,12 +29,13 @@ REQUIRED = {
     "RoFormer": "2104.09864", "rope-vit": "2403.13298", "DINOv3": "2508.10104", "V-JEPA 2": "2506.09985",
     "EVA-02": "2303.11331", "YaRN": "2309.00071",
 }  # fmt: skip
+SOURCES = REQUIRED | {"I-JEPA": "2301.08243", "MAE": "2111.06377", "VICReg": "2105.04906", "LeJEPA": "2511.08544"}
 
 
 def links(text: str) -> Iterator[tuple[str, str]]:
     """(name, target) of every link of a text; code blocks and inline code are no links."""
-    text = re.sub(r"^```.*?^```|`[^`\n]*`", lambda code: code[0].strip("`").split("](")[0] if "\n" not in code[0] else "",
-                  text, flags=re.DOTALL | re.MULTILINE)  # fmt: skip
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`([^`\n]*)`", lambda code: code[1].split("](")[0], text)
     for name, target in MARKDOWN.findall(text):
         yield " ".join(name.split()), target
     for target, name in HTML.findall(text):
@@ -99,7 +100,15 @@ def reached(page: Path, path: str) -> Path:
 
 def test_methods_are_linked_where_they_are_taught() -> None:
     course = {(name, target) for page in PAGES if page.suffix == ".ipynb" for name, target in OUTSIDE[page]}
-    assert {name for name, number in REQUIRED.items() if (name, f"https://arxiv.org/abs/{number}") not in course} == set()
+    papers = {(name, f"https://arxiv.org/abs/{number}") for name, number in REQUIRED.items()}
+    assert papers - course == set()
+
+
+def test_the_guide_lists_the_source_of_every_method() -> None:
+    guide = set(OUTSIDE[ROOT / "docs" / "guide.md"])
+    papers = {(name, f"https://arxiv.org/abs/{number}") for name, number in SOURCES.items()}
+    papers.add(("LeCun 2022", "https://openreview.net/forum?id=BZ5a1r-kVsf"))
+    assert papers - guide == set()
 
 
 @pytest.mark.parametrize(
