@@ -8,6 +8,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     nn.masks                              patch grid -> context_idx, target_idx per level
     nn.frequencies nn.rotation nn.rope    positions -> frequencies -> rotation table
     nn.attention nn.vit nn.encoders       timm attention rotated; ContextEncoder, TargetEncoder
+    nn.timm_rope                          the same rotation in timm's own rotary models
     nn.predictor nn.losses nn.hjepa       queries (level, position) -> features; what prevents collapse; HJEPA
     data.openmoji data.folder             drawings; image files and the folders they lie in
     data.sources data.moved               pictures as they are; each at a place of its own on a canvas

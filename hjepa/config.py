@@ -104,7 +104,7 @@ class ModelConfig:
     class_token: bool | None = False  # keep a CLS token
     act_layer: str | None = key(None, choices=(None, "gelu", "gelu_tanh", "relu", "silu"))  # of the MLPs
     pretrained: bool = False  # start from timm's published weights
-    use_absolute: bool = True  # keep the learned position table
+    use_absolute: bool = True  # keep the learned position embedding
     rope: RopeConfig = field(default_factory=RopeConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)

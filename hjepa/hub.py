@@ -2,13 +2,15 @@
 
 An export is a folder in timm's own layout:
 
-    model.safetensors   plain timm keys; also where RoPE is on, as the rotation has no weights
+    model.safetensors   timm's keys: of the plain transformer with RoPE off, of timm's rotary one (Eva) where that
+                        rotates alike; else plain ones with a marker that plain timm refuses by name
     config.json         timm's architecture and arguments, mean and std of the data, and under "hjepa" what timm has
                         no word for: RoPE above all
     rope.safetensors    learned frequencies, only where there are any
 
-timm loads it with `checkpoint_path=`, `local-dir:` or `hf-hub:` and gets the transformer without rotation;
-`load_pretrained` gets the encoder as it was trained. An encoder without a position table is exported with a table of
+timm loads it with `checkpoint_path=`, `local-dir:` or `hf-hub:` and gives the same tokens; where it has no model that
+rotates alike (`hjepa.nn.timm_rope`) it refuses the architecture's name, hjepa_rotary_.. . `load_pretrained` gives the
+encoder as it was trained, from older exports too. A plain encoder without a position embedding is exported with one of
 zeros, which adds nothing, because timm's models expect one.
 
 Writing and checking checkpoints is in `hjepa.train.checkpoint`; import it from here.
@@ -26,6 +28,7 @@ from .build import build_encoders, encoder_arguments, seeded
 from .config import Config, load_config
 from .inputs import UserError
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
+from .nn.timm_rope import ARCHITECTURE, from_timm, rotary_model
 from .nn.vit import timm_arguments
 from .train.checkpoint import (
     WEIGHTS,
@@ -46,6 +49,8 @@ __all__ = [
 ]  # fmt: skip
 
 CONFIG, ROPE = "config.json", "rope.safetensors"
+UNKNOWN = "hjepa_rotary_"  # in front of an architecture that timm would build without rotation: timm refuses the name
+MARKER = "rotary_positions.load_with_hjepa"  # a key that no plain timm model has
 WHICH = ("target", "context")
 Encoder = ContextEncoder | TargetEncoder
 
@@ -99,7 +104,8 @@ def export_encoder(
     """Write a run's encoder to the folder `out` and return it; push_to="user/name" also publishes it.
 
     Afterwards `timm.create_model("local-dir:OUT")` or `timm.create_model(NAME, checkpoint_path=OUT/model.safetensors,
-    num_classes=0, **model_args of config.json)` gives the transformer, `load_pretrained(OUT)` the whole encoder.
+    num_classes=0, **model_args of config.json)` gives the transformer, or refuses one it cannot rotate;
+    `load_pretrained(OUT)` gives the encoder.
 
     Raises:
         FileNotFoundError, ValueError: as `load_run`; a push_to that is not user/name.
@@ -112,31 +118,40 @@ def export_encoder(
     encoder, config, state = _load_run(Path(run_dir), which)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder / WEIGHTS, timm_weights(encoder))
+    rotary = rotary_model(encoder, encoder.vit.state_dict()) if encoder.rope is not None else None
+    write_weights(folder / WEIGHTS, timm_weights(encoder) if rotary is None else rotary[1])
     frequencies = encoder.rope.state_dict() if encoder.rope is not None else {}
     if frequencies:
         write_weights(folder / ROPE, frequencies)
-    write_json(folder / CONFIG, _export_config(encoder, config, state, which))
+    described = _export_config(encoder, config, state, which)
+    if rotary is not None:
+        sizes = {name: described["model_args"][name] for name in ("img_size", "dynamic_img_size")}
+        described |= {"architecture": ARCHITECTURE, "model_args": sizes | rotary[0]}
+        described["hjepa"]["weights"] = "timm rotary"
+    write_json(folder / CONFIG, described)
     if push_to is not None:
         _push(folder, push_to)
     return folder
 
 
 def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
-    """State dict with the keys of a plain timm model; a missing position table becomes zeros."""
+    """State dict with the keys of a plain timm model; a missing position embedding becomes zeros.
+
+    Where the encoder rotates, a marker among them keeps a plain model from loading them without rotation.
+    """
     vit = encoder.vit
     weights = vit.state_dict()
     if not encoder.use_absolute:
         tokens = encoder.num_patches + (0 if vit.no_embed_class else encoder.num_prefix_tokens)
         weights["pos_embed"] = torch.zeros(1, tokens, encoder.embed_dim)
-    return weights
+    return weights if encoder.rope is None else weights | {MARKER: torch.ones(1)}
 
 
 def _export_config(encoder: Encoder, config: Config, state: dict[str, Any], which: str) -> dict[str, Any]:
     arguments = encoder_arguments(config)
     size = config.data.image_size
     return {
-        "architecture": arguments["encoder_type"],
+        "architecture": arguments["encoder_type"] if encoder.rope is None else UNKNOWN + arguments["encoder_type"],
         "num_classes": 0,
         "num_features": encoder.embed_dim,
         "model_args": {"img_size": size, "dynamic_img_size": True, **timm_arguments(arguments["vit"])},
@@ -182,7 +197,11 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[Encoder, dict[str, Any]
             encoder = _pick(create_encoder(**arguments), which)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no encoder of hjepa: {first_line(error)}") from None
-    _load(encoder.vit, _drop_zero_table(encoder, _exported(folder / WEIGHTS)), folder / WEIGHTS)
+    weights = _exported(folder / WEIGHTS)
+    weights.pop(MARKER, None)
+    if config["hjepa"].get("weights") == "timm rotary":
+        weights = from_timm(encoder, weights)
+    _load(encoder.vit, _drop_zero_embedding(encoder, weights), folder / WEIGHTS)
     if encoder.rope is not None and encoder.rope.state_dict():
         _load(encoder.rope, _exported(folder / ROPE), folder / ROPE)
     return encoder.eval(), config
@@ -194,7 +213,7 @@ def _exported(path: Path) -> dict[str, Tensor]:
     return read_weights(path)
 
 
-def _drop_zero_table(encoder: Encoder, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _drop_zero_embedding(encoder: Encoder, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights if encoder.use_absolute else {k: t for k, t in weights.items() if k != "pos_embed"}
 
 

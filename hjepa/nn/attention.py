@@ -1,7 +1,7 @@
 """RoPEAttentionWrapper: timm's self-attention with queries and keys rotated, its parameters and their names untouched.
 
 `attend` computes what timm's `Attention.forward` computes (fused or not, q/k norms, output norm, gate, dropout, masks)
-with one step more: after the qkv projection the patch rows of q and k are turned by a table of cosines and sines.
+with one step more: after the qkv projection the patch rows of q and k are turned by a rotation table (cosines, sines).
 Prefix tokens (CLS, registers, distillation) have no place on the grid and are not turned.
 
 The rotation overwrites the projection's output (`rotation.py` says why that is cheap). Where that output is not ours

@@ -4,7 +4,7 @@ Both are the same construction (`_Encoder`); the target adds the exponential mov
 Four modes of telling a token where it is, from two switches:
 
     use_absolute  use_rope
-    True          False      absolute: timm's learned table, resampled (bicubic) on other grids
+    True          False      absolute: timm's position embedding, resampled (bicubic) on other grids
     False         True       rope: rotation only
     True          True       hybrid: both, which is what the report's `use_rope=True` means
     False         False      none: a bag of patches
@@ -77,7 +77,7 @@ class _Encoder(nn.Module):
         return rope
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """A checkpoint with an absolute table loads into an encoder without one: the table has no use there."""
+        """A checkpoint with a position embedding loads into an encoder without one, which has no use for it."""
         if not self.use_absolute:
             state_dict.pop(f"{prefix}vit.pos_embed", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -309,7 +309,7 @@ def create_encoder(
         pretrained: load timm's weights (downloads them).
         use_rope: rotate queries and keys.
         rope_theta: base of RoPE's frequencies.
-        use_absolute: keep the learned absolute position table. With use_rope this is the hybrid of the report.
+        use_absolute: keep the learned position embedding. With use_rope this is the hybrid of the report.
         rope: more options of VisionRoPE2D (kind, strategy, learnable, ..).
         vit: more options of timm's VisionTransformer (patch_size, embed_dim, depth, num_heads, class_token, ..).
         ema_start, ema_end, ema_steps: the target's momentum schedule.

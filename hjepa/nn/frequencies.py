@@ -12,7 +12,8 @@ A larger grid than the one of training is met by a strategy, which only rescales
     interpolate   w_i / s                 positions are measured in picture widths (Chen et al., 2023)
     ntk           w_i * s^(-i/(n-1))      the fastest pair keeps its speed, the slowest is interpolated
     ntk_by_parts  between the first two, pair by pair, by its number of turns over the training grid; rotated pairs
-                  grow by 1 + 0.1 ln s, so their scores are sharpened by its square (YaRN, Peng et al., 2023)
+                  grow by 1 + 0.1 ln s, so their scores are sharpened by its square. Of YaRN's kind (Peng et al.,
+                  2023), with its temperature and another ramp: 0.25 to 1 turns, where YaRN has 1 to 32
 
 The half-patch offset (w_scaled - w) / 2 pins the picture's edge, so that a scaled grid lies on the picture it covers.
 It turns queries and keys alike, so scores of patches with patches do not see it.

@@ -46,7 +46,8 @@ class VisionRoPE2D(nn.Module):
         dim: channels of one attention head, divisible by 4.
         patch_size: pixels of a patch's side; only `repr` and checks by the encoder read it.
         num_patches_per_side: side of the training grid, an int or (height, width).
-        theta: base of the frequencies. A large theta gives slow pairs: 10000 is the report's, 100 fits small grids.
+        theta: base of the frequencies. A large theta gives slow pairs: 10000 is the report's, V-JEPA 2's and EVA-02's,
+            100 that of axial rope-vit and DINOv3 and fits small grids, 10 that of mixed rope-vit.
         kind: "axial" or "mixed" (learned frequencies per layer and head, theta sets their start).
         num_heads, num_layers: needed by "mixed" and by `theta_per_layer`; axial tables are laid out for `num_heads`.
         learnable: make theta (one, or one per layer) a parameter, stored as its logarithm.
@@ -54,8 +55,9 @@ class VisionRoPE2D(nn.Module):
         strategy: what happens on another grid than the training one, see `frequencies.py`. May be set later.
         coordinates: "index" (patches) or "normalized" (the picture spans -1 .. 1, angle = 2 pi w c, as DINOv3).
         fraction: share of the channels that turns, the rest is passed on.
-        shift, jitter, rescale: coordinate augmentation in training mode, as DINOv3: a shift of up to `shift` half
-            pictures per axis, a log-uniform scale in [1/jitter, jitter] per axis and in [1/rescale, rescale] for both.
+        shift, jitter, rescale: coordinate augmentation in training mode, of the forms that DINOv3's code has (its
+            released configs use rescale 2 or none of them): a shift of up to `shift` half pictures per axis, a
+            log-uniform scale in [1/jitter, jitter] per axis and in [1/rescale, rescale] for both.
 
     Raises:
         ValueError: a value out of range, or two options that cannot go together.

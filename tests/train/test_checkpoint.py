@@ -286,7 +286,7 @@ def test_plain_timm_loads_an_export_and_gives_the_same_tokens(tiny, tmp_path, cl
 
 @pytest.mark.parametrize("absolute", ["true", "false"])
 @pytest.mark.parametrize("kind", ["kind=axial", "learnable=true", "kind=mixed"])
-def test_load_pretrained_gives_the_rotating_encoder_and_timm_the_same_without_rotation(tiny, tmp_path, absolute, kind):
+def test_load_pretrained_gives_the_rotating_encoder_from_timm_s_rotary_weights(tiny, tmp_path, absolute, kind):
     make_run(tiny(*ROPE, f"model.use_absolute={absolute}", f"model.rope.{kind}"), tmp_path / "run")
     out = export_encoder(tmp_path / "run", tmp_path / "out")
     ours, config = load_pretrained(out)
@@ -295,11 +295,67 @@ def test_load_pretrained_gives_the_rotating_encoder_and_timm_the_same_without_ro
     assert torch.equal(ours(images(64)), expected(images(64)))
     assert (out / "rope.safetensors").exists() == (kind != "kind=axial")
     assert config["hjepa"]["encoder"]["rope_theta"] == 100
-    plain = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
-    assert set(load_file(out / "model.safetensors")) == set(plain.state_dict())
-    assert not torch.allclose(plain.forward_features(images()), expected(images()), atol=0.1)
-    for block, rotating in zip(plain.blocks, expected.vit.blocks, strict=True):
+    rotary = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
+    assert set(load_file(out / "model.safetensors")) == set(rotary.state_dict())
+    for block, rotating in zip(rotary.blocks, expected.vit.blocks, strict=True):
         assert torch.equal(block.attn.qkv.weight, rotating.attn.qkv.weight)
+
+
+MAPPED = {
+    "axial": ("model.rope.kind=axial",),
+    "hybrid": ("model.use_absolute=true",),
+    "learned theta": ("model.rope.learnable=true",),
+    "mixed": ("model.rope.kind=mixed",),
+    "interpolated": ("model.rope.strategy=interpolate", "model.class_token=false"),
+    "normalized": ("model.rope.coordinates=normalized",),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_timm_s_own_rotary_model_gives_what_a_rotary_export_was_trained_to_give(tiny, tmp_path, name):
+    make_run(tiny(*ROPE, "model.use_absolute=false", *MAPPED[name]), tmp_path / "run")
+    out = export_encoder(tmp_path / "run", tmp_path / "out")
+    expected, _ = load_run(tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    by_path = timm.create_model(
+        config["architecture"], checkpoint_path=out / "model.safetensors", num_classes=0, **config["model_args"]
+    ).eval()
+    by_folder = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
+    ours, _ = load_pretrained(out)
+    for size in (32, 64):
+        tokens = expected(images(size))
+        assert torch.equal(ours(images(size)), tokens)
+        for model in (by_path, by_folder):
+            torch.testing.assert_close(model.forward_features(images(size)), tokens, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [("model.rope.strategy=interpolate", "model.class_token=true"), ("model.rope.strategy=ntk_by_parts",)]
+)
+def test_timm_refuses_an_export_that_it_would_not_rotate_alike(tiny, tmp_path, options):
+    make_run(tiny(*ROPE, *options), tmp_path / "run")
+    out = export_encoder(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(RuntimeError, match="hjepa_rotary_vit_tiny_patch16_224"):
+        timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0)
+    arguments = json.loads((out / "config.json").read_text())["model_args"]
+    with pytest.raises(RuntimeError, match=r"rotary_positions.load_with_hjepa"):
+        timm.create_model(
+            "vit_tiny_patch16_224", checkpoint_path=out / "model.safetensors", num_classes=0, **arguments
+        )
+    expected, _ = load_run(tmp_path / "run")
+    assert torch.equal(load_pretrained(out)[0](images(64)), expected(images(64)))
+
+
+def test_a_rotary_export_of_an_older_version_still_loads(tiny, tmp_path):
+    """Then the file had plain timm keys and timm's architecture, whatever the rotation."""
+    make_run(tiny(*ROPE), tmp_path / "run")
+    out, (expected, _) = export_encoder(tmp_path / "run", tmp_path / "out"), load_run(tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    config["architecture"] = "vit_tiny_patch16_224"
+    del config["hjepa"]["weights"]
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(expected.vit.state_dict(), out / "model.safetensors")
+    assert torch.equal(load_pretrained(out)[0](images(64)), expected(images(64)))
 
 
 def test_a_foreign_folder_is_no_export(tiny, tmp_path):
