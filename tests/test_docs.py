@@ -7,13 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OWN = ROOT / "docs" / "own_pictures.md"  # needs a folder of pictures: tests/evaluate/test_collection.py runs it
 
 
 def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_blocks(page) and page != OWN], ids=lambda page: page.name
+)
 def test_the_code_blocks_of_a_page_run_in_order(page: Path) -> None:
     scope: dict = {}
     for block in python_blocks(page):

@@ -194,7 +194,7 @@ def existing_folder(folder: Path) -> Path:
 def _labelled(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     classes = _folders(folder)
     if not classes:
-        loose = _images(folder)
+        loose = picture_files(folder)
         if not loose:
             raise UserError(f"folder {folder} is empty; expected images in class folders, {folder / 'CLASS'}/*.png")
         return loose, [0] * len(loose), [UNLABELLED]
@@ -204,7 +204,7 @@ def _labelled(folder: Path) -> tuple[list[Path], list[int], list[str]]:
         if len(splits) > 1:
             what = f"class folder {class_folder} holds folders of splits, {', '.join(splits)}"
             raise UserError(f"{what}; expected {folder / 'train' / class_folder.name} beside test/{class_folder.name}")
-        found = _images(class_folder)
+        found = picture_files(class_folder)
         if not found:
             raise UserError(f"class folder {class_folder} holds no images; fill it or remove it")
         files += found
@@ -223,7 +223,7 @@ def _opened() -> set[str]:
     return {ending for ending, kind in known.items() if kind in Image.OPEN and kind not in NO_PICTURES}
 
 
-def _images(folder: Path) -> list[Path]:
+def picture_files(folder: Path) -> list[Path]:
     """Picture files below a folder, those too that Pillow does not open, so that none is left out without a word."""
     known = _opened() | UNOPENED
     found = (item for item in folder.rglob("*") if item.suffix.lower() in known)

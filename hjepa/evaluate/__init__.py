@@ -11,6 +11,7 @@ HOMES = {
     "baselines": ["baselines", "best_side", "colour_histogram", "hog"],
     "primary": ["crossed_interval", "holm", "primary", "save_hits", "saved_hits"],
     "dense": ["RawPatches", "dense_transfer"],
+    "collection": ["folder_features", "neighbours"],
     "published": ["PublishedEncoder", "published_encoder", "published_encoders"],
     "measures": [
         *("bootstrap_interval", "effective_rank", "feature_std"),
