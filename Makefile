@@ -15,7 +15,7 @@ HYGIENE := --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
 .DEFAULT_GOAL := help
-.PHONY: help env tour lab test lint mutants kills fuzz bench site
+.PHONY: help env tour lab test lint floors mutants kills fuzz bench site
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,13 @@ lint: $(READY)  ## style, types, notebooks without stray metadata
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/nbstripout --verify $(HYGIENE) notebooks/*.ipynb
+
+floors: $(READY)  ## a short test on the oldest versions that pyproject.toml declares
+	$(PYTHON) -m venv $(VENV)-floors
+	$(BIN)/python -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+		> "$$($(VENV)-floors/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	$(VENV)-floors/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement tests/floors.txt
+	PYTHONPATH=. OMP_NUM_THREADS=1 timeout 240 $(VENV)-floors/bin/python tests/floors.py
 
 mutants: $(READY)  ## break the code on purpose, and see that the tests notice
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(ARGS)

@@ -203,3 +203,14 @@ def test_no_committed_text_names_a_place_on_somebodys_machine():
         if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".ipynb"} and path.exists():
             found = re.search(r"(?<![\w.])/(?:home|root|Users|work|tmp)/\w", path.read_text(encoding="utf-8"))
             assert found is None, f"{name}: {found[0]}"
+
+
+def test_declared_floors_are_those_that_were_run():
+    """tests/floors.txt is what `make floors` runs; every floor in it is the one that pyproject.toml declares."""
+    ran = dict(line.split("==") for line in (ROOT / "tests/floors.txt").read_text().split() if "==" in line)
+    declared = dict(split(requirement) for requirement in PROJECT["dependencies"])
+    del ran["antlr4-python3-runtime"]  # not declared: omegaconf's own
+    padded = {name: [*map(int, re.findall(r"\d+", declared[name])), 0, 0] for name in ran}
+    assert {name: numbers[:3] for name, numbers in padded.items()} == {
+        name: [*map(int, version.split(".")), 0][:3] for name, version in ran.items()
+    }
