@@ -6,13 +6,14 @@ Not covered: reading and checking configs (`hjepa.config`).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
 
 from .config import Config, patch_side
-from .data.images import ImageData, load_data
+from .data.images import RGB, ImageData, load_data
 from .data.views import Crops, draw_crops
 from .inputs import users_own
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
@@ -125,7 +126,7 @@ def train_sizes(config: Config) -> list[int]:
 
 def load_split(config: Config, split: str) -> ImageData:
     options = config.data
-    return load_data(
+    data = load_data(
         options.name,
         split,
         root=options.root,
@@ -134,6 +135,11 @@ def load_split(config: Config, split: str) -> ImageData:
         limit=options.limit if split == "train" else None,
         on_corrupt=options.on_corrupt,
         moved=options.moved,
+    )
+    return replace(
+        data,
+        mean=cast(RGB, tuple(options.mean)) if options.mean else data.mean,
+        std=cast(RGB, tuple(options.std)) if options.std else data.std,
     )
 
 

@@ -16,7 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .inputs import UserError, nearest, size_pair
+from .files import user_path
+from .inputs import UserError, check_choice, nearest, size_pair
 
 MISTAKES = (UserError, OSError)
 
@@ -101,11 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sizes", metavar="LIST", help="such as 32,48,96 or 48x96 (height x width), in pixels")
     evaluate.add_argument("--strategy", metavar="LIST", help="RoPE strategies to read each run with, comma-separated")
     evaluate.add_argument("--which", choices=("target", "context"), default="target", help="which encoder")
+    evaluate.add_argument("--data", metavar="NAME", help="data set (default: the run's own; with --timm openmoji)")
+    evaluate.add_argument("--path", metavar="FOLDER", help="folder of class folders, of imagefolder")
+    evaluate.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
     evaluate.add_argument("--out", metavar="FILE", help="CSV file (default: evaluation.csv in the first run, or here)")
     published = evaluate.add_argument_group("with --timm")
-    published.add_argument("--data", metavar="NAME", help="data set (default: openmoji)")
-    published.add_argument("--path", metavar="FOLDER", help="folder of class folders, with --data imagefolder")
-    published.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
     published.add_argument("--checkpoint", metavar="FILE", help="weights of the one model, instead of the hub's")
     published.add_argument("--no-pretrained", action="store_true", help="random weights")
     published.add_argument("--fit-size", metavar="SIZE", help="where readers are fitted (default: its own size)")
@@ -136,7 +137,7 @@ def _train(arguments: argparse.Namespace) -> int:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and not arguments.run:
         raise UserError("with several processes name the folder: --run-dir FOLDER")
-    before = Path(arguments.run or "", "config.yaml")
+    before = user_path(arguments.run or "") / "config.yaml"
     file = before if arguments.resume and not arguments.config and before.is_file() else arguments.config
     config = load_config(file, arguments.overrides)
     if arguments.dry_run:
@@ -144,7 +145,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print(format_estimate(estimate(config, processes=arguments.processes, speed=arguments.speed)))
         return 0
-    folder = Path(arguments.run) if arguments.run else fresh_folder("runs", f"train-{datetime.now():%Y%m%d-%H%M%S}")
+    fresh = f"train-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = user_path(arguments.run) if arguments.run else fresh_folder("runs", fresh)
 
     from .train.loop import train
 
@@ -158,7 +160,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-RUNS_ONLY, TIMM_ONLY = ("strategy",), ("data", "path", "root", "checkpoint", "no_pretrained", "fit_size")
+RUNS_ONLY, TIMM_ONLY = ("strategy",), ("checkpoint", "no_pretrained", "fit_size")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -179,7 +181,6 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
     from .evaluate.baselines import baselines
     from .evaluate.published import published_encoders
     from .evaluate.transfer import resolution_transfer
-    from .inputs import check_choice
 
     name, root = arguments.data or "openmoji", arguments.root or "data"
     check_choice("--data", name, tuple(DATASETS))
@@ -202,9 +203,11 @@ def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int
     from .evaluate.results import format_table, rows_to_csv, size_text
     from .files import fresh_path
 
-    for metric in ("probe", "knn", "retrieval"):
+    measured = {row["metric"] for row in rows}
+    for metric in ("probe", "knn", "retrieval") if "knn" in measured else ("retrieval", "cka", "effective_rank"):
         print(f"\n{format_table(rows, metric)}")
-    out = Path(arguments.out) if arguments.out else fresh_path(Path(*(arguments.run or [])[:1], "evaluation.csv"))
+    beside = user_path((arguments.run or ["."])[0])
+    out = user_path(arguments.out) if arguments.out else fresh_path(beside / "evaluation.csv")
     rows_to_csv(rows, out)
     how = "trained" if arguments.run else "readers fitted"
     print(f"\n{how} at {size_text(rows[0]['size'])} pixels; all measures: {out}")
@@ -220,13 +223,15 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     from .hub import load_run
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
-    loaded = {Path(run).name: load_run(run, arguments.which) for run in arguments.run}
-    if len(loaded) < len(arguments.run):
-        raise UserError(f"--run: two folders have the same name: {', '.join(arguments.run)}")
+    loaded = {name: load_run(run, arguments.which) for name, run in _named(arguments.run).items()}
     config = next(iter(loaded.values()))[1]
     for name, (_, other) in loaded.items():
-        if other.data != config.data:
-            raise UserError(f"--run {name} was trained with other data settings than {arguments.run[0]}")
+        for key in READ:
+            its, first = getattr(other.data, key), getattr(config.data, key)
+            if its != first:
+                what = f"data.{key}={its}, {arguments.run[0]} with {first}"
+                raise UserError(f"--run {name} was trained with other data settings: {what}")
+    _other_data(config.data, arguments)
     encoders = _views(loaded, arguments.strategy)
     size = config.data.image_size
     splits = [load_split(config, split) for split in ("train", "test")]
@@ -235,6 +240,35 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     reading = plain(config.evaluate)
     reading["sizes"] = asked or reading["sizes"]
     return _show_rows(resolution_transfer(encoders, *splits, train_size=size, progress=True, **reading), arguments)
+
+
+# what two runs must share to be read together; the rest of `data` is about training alone
+READ = ("name", "path", "image_size", "limit", "on_corrupt", "moved", "mean", "std")
+
+
+def _named(runs: list[str]) -> dict[str, Path]:
+    """Folders of runs by their last part, or by as many parts as tell them apart."""
+    folders = [user_path(run).resolve() for run in runs]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--run: two folders have the same name: {', '.join(runs)}")
+    parts = 1
+    while len({folder.parts[-parts:] for folder in folders}) < len(folders):
+        parts += 1
+    return {"/".join(folder.parts[-parts:]): folder for folder in folders}
+
+
+def _other_data(data: Any, arguments: argparse.Namespace) -> None:
+    """Set the pictures that --data, --path and --root name; they are normalised as those trained on were."""
+    from .data.images import DATASETS
+
+    if arguments.data:
+        check_choice("--data", arguments.data, tuple(DATASETS))
+        trained = DATASETS[data.name]
+        data.mean, data.std = list(data.mean or trained.mean), list(data.std or trained.std)
+        data.name, data.limit = arguments.data, None
+    data.path, data.root = arguments.path or data.path, arguments.root or data.root
+    if arguments.path and data.name != "imagefolder":
+        raise UserError(f"--path is the folder of imagefolder; {data.name} takes --root")
 
 
 def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:

@@ -33,8 +33,8 @@ LARGEST = 10**18
 def key(default: Any, **allowed: Any) -> Any:
     """A config key: its default, and what is allowed of it.
 
-    at_least, above, at_most: bounds of a number or of each number in a list. choices: names. interval: a pair
-    (smallest, largest) above 0, and the largest that is allowed.
+    at_least, above, at_most: bounds of a number or of each number in a list. length: how many numbers a list has.
+    choices: names. interval: a pair (smallest, largest) above 0, and the largest that is allowed.
     """
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=allowed)
@@ -54,6 +54,8 @@ class DataConfig:
     flip: bool = True  # mirror left-right half of the time
     color_jitter: float = key(0.0, at_least=0, at_most=1)  # strength of brightness, contrast and saturation changes
     limit: int | None = key(None, at_least=1)  # at most this many training pictures
+    mean: list[float] | None = key(None, at_least=0, at_most=1, length=3)  # of each channel; null: the data set's own
+    std: list[float] | None = key(None, above=0, at_most=1, length=3)  # likewise; see hjepa.data.images.mean_and_std
     moved: bool = False  # each picture at a place and scale of its own on a plain canvas
     on_corrupt: str = key("error", choices=("error", "skip"))  # error, or skip: what an unreadable image file does
 
@@ -168,6 +170,7 @@ class TrainConfig:
     ema_start: float = key(0.99, at_least=0, at_most=1)  # momentum of the target encoder at step 0
     ema_end: float = key(1.0, at_least=0, at_most=1)  # momentum at the last step
     mixed_precision: str = key("auto", choices=("auto", "no", "bf16", "fp16"))  # auto: what the processor is fast in
+    init_from: str | None = None  # a run, or a checkpoint of one, whose weights to start from; the schedule is new
     seed: int = key(0, at_least=0)  # everything random follows from it
     num_workers: int = key(0, at_least=0)  # loader processes
     threads: int = key(2, at_least=1)  # CPU threads of torch
@@ -340,6 +343,9 @@ def _check_value(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
             _check_number(name, number, allowed)
         elif isinstance(value, list) and name != "evaluate.sizes":  # the container lets mappings into lists
             raise UserError(f"{name}={value!r} must be a list of numbers")
+    length = allowed.get("length")
+    if length and value is not None and len(value) != length:
+        raise UserError(f"{name}={value} must be {length} numbers")
     top = allowed.get("interval")
     if top and (len(value) != 2 or not 0 < value[0] <= value[1] <= top):
         raise UserError(f"{name}={value} must be two numbers, 0 < smallest <= largest <= {top}")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .build import build_encoders, encoder_arguments, seeded
 from .config import Config, load_config
+from .files import user_path
 from .inputs import UserError
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
 from .nn.timm_rope import ARCHITECTURE, from_timm, rotary_model
@@ -66,7 +67,7 @@ def load_run(run_dir: str | Path, which: str = "target") -> tuple[Encoder, Confi
     """
     if which not in WHICH:
         raise UserError(f"which={which!r} is not one of {', '.join(WHICH)}")
-    encoder, config, _ = _load_run(Path(run_dir), which)
+    encoder, config, _ = _load_run(user_path(run_dir), which)
     return encoder, config
 
 
@@ -115,7 +116,7 @@ def export_encoder(
         _check_hub_name(push_to)
     if which not in WHICH:
         raise UserError(f"which={which!r} is not one of {', '.join(WHICH)}")
-    encoder, config, state = _load_run(Path(run_dir), which)
+    encoder, config, state = _load_run(user_path(run_dir), which)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     rotary = rotary_model(encoder, encoder.vit.state_dict()) if encoder.rope is not None else None

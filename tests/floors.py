@@ -2,7 +2,8 @@
 
     pip install --constraint tests/floors.txt ...; python tests/floors.py
 
-Encoders with and without RoPE at two sizes, two training steps, evaluation; the tests proper run on the newest versions.
+Encoders with and without RoPE at three sizes, two training steps, evaluation; the tests proper run on the newest
+versions.
 """
 
 import sys
@@ -17,7 +18,8 @@ from hjepa.versions import versions
 
 TINY = ("train.steps=2", "train.batch_size=8", "train.threads=1", "train.mixed_precision=no", "data.limit=32",
         "model.depth=1", "model.embed_dim=32", "model.num_heads=2", "model.predictor.embed_dim=32",
-        "model.predictor.depth=1", "model.predictor.num_heads=2", "evaluate.gallery=40", "evaluate.queries=20")  # fmt: skip
+        "model.predictor.depth=1", "model.predictor.num_heads=2", "evaluate.gallery=40",
+        "evaluate.queries=20")  # fmt: skip
 VIT = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 
 

@@ -1,6 +1,7 @@
 """The command line: a mistake is one line and 2, a failure one line and 1, Ctrl-C one line and 130."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import time
 
 import pytest
 
+import hjepa.evaluate.transfer
 from hjepa import cli
 from hjepa.cli import main
+from hjepa.config import load_config, save_config
+from hjepa.data.images import load_data
 from hjepa.evaluate.results import rows_from_csv
 from hjepa.files import hold
 from hjepa.hub import load_run
@@ -105,6 +109,57 @@ def test_evaluate_reads_the_same_weights_under_each_strategy(run, tmp_path, caps
     for size, same in (((64, 64), True), ((48, 96), False)):
         pair = [value[name, size, "cka"] for name in names[:2]], [value[n, size, "effective_rank"] for n in names[:2]]
         assert (pair[0][0] == pair[0][1] and pair[1][0] == pair[1][1]) is same
+
+
+def copy_of(run, folder, **data):
+    """A run of the same weights whose config has other data settings."""
+    shutil.copytree(run, folder)
+    config = load_config(run / "config.yaml")
+    config.data.update(data)
+    save_config(config, folder / "config.yaml")
+    return folder
+
+
+def encoders_in(path):
+    return list(dict.fromkeys(row["encoder"] for row in rows_from_csv(path)))
+
+
+def test_evaluate_reads_runs_whose_training_views_alone_differ(run, tmp_path, monkeypatch, capsys):
+    one, two = copy_of(run, tmp_path / "1" / "rope"), copy_of(run, tmp_path / "2" / "rope", flip=False)
+    out = ["--sizes", "64", "--out", str(tmp_path / "e.csv")]
+    assert main(["evaluate", "--run", str(one), "--run", str(two), *out]) == 0
+    assert encoders_in(tmp_path / "e.csv")[:2] == ["1/rope", "2/rope"]
+    other = copy_of(run, tmp_path / "3" / "rope", limit=16)
+    line = error_of(["evaluate", "--run", one, "--run", other, *out], capsys)
+    assert "3/rope was trained with other data settings: data.limit=16" in line
+    monkeypatch.chdir(one)
+    assert main(["evaluate", "--run", ".", *out]) == 0
+    assert encoders_in(tmp_path / "e.csv")[0] == "rope"
+
+
+def test_evaluate_reads_other_pictures_normalised_as_in_training(run, pictures, tmp_path, capsys, monkeypatch):
+    seen = []
+    home, inner = hjepa.evaluate.transfer, hjepa.evaluate.transfer.resolution_transfer
+    monkeypatch.setattr(home, "resolution_transfer", lambda e, *s, **k: seen.extend(s) or inner(e, *s, **k))
+    words = ["evaluate", "--run", run, "--sizes", "64", "--out", tmp_path / "e.csv"]
+    assert main([*map(str, words), "--data", "imagefolder", "--path", str(pictures)]) == 0
+    trained = load_data("openmoji")
+    assert {data.name for data in seen} == {"imagefolder"} and len(seen[1]) == 12
+    assert all(data.mean == trained.mean and data.std == trained.std for data in seen)
+    assert "nearest: stl10" in error_of([*words, "--data", "stl1"], capsys)
+    assert "--path is the folder of imagefolder" in error_of([*words, "--path", pictures], capsys)
+
+
+def test_pictures_of_one_class_train_and_are_read_without_labels(tmp_path, pictures, capsys):
+    flat, run = tmp_path / "flat", tmp_path / "run"
+    flat.mkdir()
+    for index, file in enumerate(sorted(pictures.rglob("*.png"))):
+        shutil.copy(file, flat / f"{index}.png")
+    words = ["train", "--run", run, *SMALL, "data.name=imagefolder", f"data.path={flat}", "data.limit=null"]
+    assert main([str(word) for word in words]) == 0
+    assert main(["evaluate", "--run", str(run), "--sizes", "64,32", "--out", str(tmp_path / "e.csv")]) == 0
+    metrics = {row["metric"] for row in rows_from_csv(tmp_path / "e.csv")}
+    assert metrics == {"retrieval", "cka", "effective_rank", "feature_std"}
 
 
 def test_evaluate_never_overwrites_its_table(run, capsys):

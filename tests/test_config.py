@@ -131,6 +131,8 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
         ("train.steps=[1]", "has the wrong type"),
         ("data.crop_scale=0.5", "has the wrong type"),
         ("data.flip=3.5", "has the wrong type"),
+        ("data.mean=[0.5, 0.5]", "must be 3 numbers"),
+        ("data.std=[0.5, 0.5, 0]", "data.std=0.0 must be above 0"),
         ("data.path=${oc.env:HOME}", "never evaluated"),
         ("evaluate.sizes=[32, '${x}']", "never evaluated"),
         ("train.steps=0", "train.steps=0 must be at least 1"),

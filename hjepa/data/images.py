@@ -82,6 +82,22 @@ class ImageData:
         return normalised(images, self.mean, self.std)
 
 
+def mean_and_std(data: ImageData, size: Size = 64) -> tuple[RGB, RGB]:
+    """Mean and standard deviation of each channel over the pixels of all pictures, white = 1, for data.mean, data.std.
+
+    size: pixels that each picture is resized to, so that large files do not count for more.
+    """
+    height, width = size_pair(size, text=False)
+    total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for part in torch.arange(len(data)).split(256):
+        pixels = data.pictures.resized(part.tolist(), height, width).double() / 255
+        total += pixels.sum((0, 2, 3))
+        squares += pixels.square().sum((0, 2, 3))
+    mean = total / (len(data) * height * width)
+    std = (squares / (len(data) * height * width) - mean.square()).clamp(min=0).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())  # type: ignore[return-value]
+
+
 def normalised(images: Tensor, mean: RGB, std: RGB) -> Tensor:
     """uint8 [..., 3, h, w] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
     mean_, std_ = (255 * torch.tensor(value).view(3, 1, 1) for value in (mean, std))

@@ -179,7 +179,7 @@ def resolution_transfer(
     retrieval, cka        against the same test pictures at train_size
     effective_rank, feature_std
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
-    train_size is read even if not in `sizes`.
+    train_size is read even if not in `sizes`. Pictures of one class have no probe and no kNN.
     tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
     pictures were read rightly: bool [n]. ValueError, before any work, on a size that
     is no multiple of an encoder's patch.
@@ -192,6 +192,7 @@ def resolution_transfer(
             patch_grid(size, patch)
     train_index, test_index = subset(len(train), gallery, seed), subset(len(test), queries, seed)
     y_train, y_test = train.labels[train_index], test.labels[test_index]
+    labelled = len(y_train.unique()) > 1  # of one class there is nothing to tell apart
     same = _same_picture(test, test_index)
     k, rows = min(knn_k, len(train_index)), []
     fitted: dict[str, tuple[Pipeline, Tensor, Tensor]] = {}  # name -> probe, train and test features
@@ -199,16 +200,18 @@ def resolution_transfer(
         seen = _encode_all(encoders, test, size, test_index, pool, batch_size)
         known = _encode_all(encoders, train, size, train_index, pool, batch_size) if refit or size == home else {}
         for name, x in seen.items():
-            here = linear_probe(known[name], y_train) if name in known else None
+            here = linear_probe(known[name], y_train) if name in known and labelled else None
             if size == home:
                 fitted[name] = (here, known[name], x)
             probe, x_train, x_home = fitted[name]
-            right = {
-                "probe": probe_hits(probe, x, y_test),
-                "knn": knn_accuracy(x_train, y_train, x, y_test, k),
-                "retrieval": retrieval_hits(x, x_home),
-                **({"probe_refit": probe_hits(here, x, y_test)} if refit else {}),
-            }
+            right = {"retrieval": retrieval_hits(x, x_home)}
+            if labelled:
+                right = {
+                    "probe": probe_hits(probe, x, y_test),
+                    "knn": knn_accuracy(x_train, y_train, x, y_test, k),
+                    **right,
+                    **({"probe_refit": probe_hits(here, x, y_test)} if refit else {}),
+                }
             if hits is not None:
                 hits |= {(name, size, metric): each for metric, each in right.items()}
             shares = {metric: bootstrap_interval(each, seed=seed, groups=same) for metric, each in right.items()}

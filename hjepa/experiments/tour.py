@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..evaluate.results import format_table, rows_from_csv
-from ..files import fresh_folder
+from ..files import fresh_folder, user_path
 from ..inputs import UserError, nearest
 from ..train.log import read_log
 from .notebooks import check_parameters, execute, find_parameters
@@ -61,7 +61,7 @@ def run_tour(
     wanted = {"data": data, "quick": quick, "path": _absolute(path), "data_root": _absolute(root)}
     parameters = {name: value for name, value in wanted.items() if value is not None and name in known}
     check_parameters({"run_dir": "", **parameters}, known, str(notebook))
-    folder = fresh_folder(out, f"tour-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+    folder = fresh_folder(user_path(out), f"tour-{datetime.now():%Y%m%d-%H%M%S}").resolve()
     print(f"tour on {data}, results in {folder}", flush=True)
     executed = folder / notebook.name
     try:
@@ -83,12 +83,12 @@ def _check_data(data: str, path: str | None) -> None:
         raise UserError(f"data set {data!r} is not known; choose one of {', '.join(DATASETS)}; nearest: {near}")
     if (data == "imagefolder") != (path is not None):
         raise UserError("imagefolder takes --path FOLDER, a folder of class folders; no other data set does")
-    if path is not None and not Path(path).is_dir():
+    if path is not None and not user_path(path).is_dir():
         raise FileNotFoundError(f"--path {path}: no such folder")
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).resolve())
+    return None if path is None else str(user_path(path).resolve())
 
 
 def write_html(executed: Path) -> Path:

@@ -109,7 +109,7 @@ def log_columns(levels: int) -> list[str]:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """First, last and extreme values of a log; None for what it does not hold."""
-    measured, trained = [row for row in rows if "knn" in row], [row for row in rows if "loss" in row]
+    measured, trained = [row for row in rows if "effective_rank" in row], [row for row in rows if "loss" in row]
     first = rows[0] if rows and rows[0]["step"] == 0 else {}
     last, loss = (found[-1] if found else {} for found in (measured, trained))
     return {
@@ -142,24 +142,29 @@ def note_versions(run_dir: Path, step: int, **more: Any) -> dict[str, Any]:
 
 # a resumed run may differ from its first part in these: they change no weight but by rounding, at most what is logged
 FREE_ON_RESUME = (
-    "data.root", "train.accumulate", "train.num_workers", "train.threads", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
+    "data.root", "data.path", "train.accumulate", "train.num_workers", "train.threads", "train.log_every",
+    "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
 )  # fmt: skip
 
 
-def check_run_dir(config: Config, run_dir: Path, resume: bool) -> None:
-    """Refuse to mix two runs in one folder. ValueError naming the folder or the first key that differs.
+def check_run_dir(config: Config, run_dir: Path, resume: bool) -> str:
+    """Refuse to mix two runs in one folder. UserError naming the folder or the first key that differs.
 
     With a regularizer, a statistic of the micro-batch, train.accumulate is a part of the objective and must not change.
+    Returns what a user should know of a run that goes on for more steps, "" otherwise.
     """
     saved = any((run_dir / "checkpoints").glob("step_*"))
     if saved and not resume:
         raise UserError(f"{run_dir} already holds a run; resume it, or choose another folder")
     if not saved or not (run_dir / "config.yaml").exists():
-        return
+        return ""
     before, now = (flat_config(c) for c in (load_config(run_dir / "config.yaml"), config))
     bound = () if config.loss.regularizer == "none" else ("train.accumulate",)
+    steps, more = before["train.steps"], now["train.steps"]
     for key in before:
-        if before[key] != now[key] and (key in bound or not key.startswith(FREE_ON_RESUME)):
+        longer = key == "train.steps" and more > steps
+        if before[key] != now[key] and not longer and (key in bound or not key.startswith(FREE_ON_RESUME)):
             raise UserError(f"cannot resume {run_dir}: it was started with {key}={before[key]}, not {now[key]}")
-
+    if more == steps:
+        return ""
+    return f"{run_dir} was to end at step {steps}; from here on it follows the schedule of a run of {more} steps"

@@ -16,6 +16,7 @@ Not covered: schedules of weight decay. For models too large for one GPU see doc
 
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ from ..evaluate.transfer import encode
 from ..files import hold, user_path
 from ..inputs import patch_grid
 from ..nn.encoders import TargetEncoder
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_json
+from .checkpoint import STATE, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
 from .feed import Feed
 from .log import RunLog, check_run_dir, log_columns, note_versions, summary
 from .optimizer import build_optimizer
@@ -89,7 +90,7 @@ class _Run:
     def __init__(self, config: Config, run_dir: Path, resume: bool, progress: bool):
         self.config, self.run_dir = config, run_dir
         options = config.train
-        check_run_dir(config, run_dir, resume)
+        note = check_run_dir(config, run_dir, resume)
         torch.set_num_threads(options.threads)
         self.precision = choose_precision(options.mixed_precision)
         self.accelerator = _accelerator(self.precision, options.accumulate)
@@ -107,6 +108,8 @@ class _Run:
             for micro in range(options.accumulate)
         ]
         self.train_data, self.validation_data = (load_split(config, split) for split in ("train", "validation"))
+        if note and self.progress:
+            tqdm.write(note, file=sys.stderr)
         self.held_out: tuple[Tensor, ...] | None = None
         self.last_good = latest_checkpoint(run_dir) if resume else None
         self.start = self._build()
@@ -126,6 +129,8 @@ class _Run:
         if options.optimizer == "muon" and fsdp_plugin(self.precision) is not None:
             raise ValueError("train.optimizer=muon is not for matrices cut over processes (FSDP); nearest: adamw")
         self.plain = build_model(self.config, len(self.train_data.classes))
+        if options.init_from and not self.last_good:
+            load_checkpoint(_initial(options.init_from), self.plain)
 
         def optimizer() -> torch.optim.Optimizer:
             return build_optimizer(
@@ -285,6 +290,8 @@ class _Run:
             )  # fmt: skip
         known, known_labels, asked, asked_labels = self.held_out
         x, y = (encode(target, images, pool=options.pool) for images in (known, asked))
+        if len(self.train_data.classes) < 2:
+            return {"effective_rank": effective_rank(y)}
         hits = knn_accuracy(x, known_labels, y, asked_labels, min(options.knn_k, len(x)))
         return {"effective_rank": effective_rank(y), "knn": hits.float().mean().item()}
 
@@ -320,6 +327,15 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         return metrics
+
+
+def _initial(path: str) -> Path:
+    """The checkpoint of train.init_from: itself, or a run's newest."""
+    folder = user_path(path)
+    found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
+    if found is None:
+        raise FileNotFoundError(f"train.init_from={path}: neither a run with checkpoints nor a checkpoint")
+    return found
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from hjepa.build import load_split
+from hjepa.config import load_config
 from hjepa.data import openmoji, sources
-from hjepa.data.images import DATASETS, SPLITS, ImageData, TrainView, load_data
+from hjepa.data.images import DATASETS, SPLITS, ImageData, TrainView, load_data, mean_and_std
 from hjepa.data.sources import ArrayPictures, fit
 
 debian = pytest.mark.skipif(not sources.DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
@@ -289,3 +291,14 @@ def test_every_registered_set_says_what_it_is():
 def test_importing_is_light():
     code = "import hjepa.data, sys; sys.exit('torchvision' in sys.modules or 'fontTools' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_mean_and_std_are_those_of_all_pixels_and_training_uses_them(tmp_path):
+    data = load_data("openmoji", limit=40)
+    pixels = data.at_size(16) * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)
+    mean, std = mean_and_std(data, 16)
+    for channel in range(3):
+        assert mean[channel] == pytest.approx(pixels[:, channel].double().mean().item(), abs=1e-6)
+        assert std[channel] == pytest.approx(pixels[:, channel].double().std(correction=0).item(), abs=1e-6)
+    own = load_split(load_config(overrides=["data.mean=[0.1,0.2,0.3]", "data.std=[0.4,0.5,0.6]"]), "train")
+    assert own.mean == (0.1, 0.2, 0.3) and own.std == (0.4, 0.5, 0.6)

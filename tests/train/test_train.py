@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hjepa.build import build_encoders, build_model, draw_masks, load_split
@@ -25,7 +27,7 @@ from hjepa.train import loop as train_module
 from hjepa.train.log import read_log
 from hjepa.train.loop import TrainingDiverged, train
 from hjepa.train.optimizer import parameter_groups
-from hjepa.train.schedule import size_at
+from hjepa.train.schedule import lr_at, size_at
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(train_module.__file__).parents[2])}
 ROPE = ("model.rope.use_rope=true", "model.rope.theta=100", "model.rope.jitter=1.5", "model.rope.rescale=2.0")
@@ -81,6 +83,44 @@ def test_training_leaves_the_callers_threads_and_random_state_and_holds_the_fold
     torch.set_num_threads(threads)
     with hold(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
         train(tiny("train.steps=2"), tmp_path / "run", resume=True, progress=False)
+
+
+# ---- going on
+
+
+def test_a_run_goes_on_for_more_steps_and_says_on_which_schedule(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(tiny("train.steps=4"), run, progress=False)
+    train(tiny("train.steps=8"), run, resume=True)
+    assert "from here on it follows the schedule of a run of 8 steps" in capsys.readouterr().err
+    rows = {row["step"]: row for row in read_log(run) if "loss" in row}
+    assert list(rows) == list(range(1, 9))
+    assert rows[6]["lr"] == lr_at(5, steps=8, lr=1e-3, min_lr=1e-5, warmup=4)
+    with pytest.raises(ValueError, match=r"started with train\.steps=8, not 4"):
+        train(tiny("train.steps=4"), run, resume=True, progress=False)
+
+
+def test_a_run_starts_from_the_weights_of_another_with_a_schedule_of_its_own(tiny, tmp_path):
+    train(tiny("train.steps=3"), tmp_path / "first", progress=False)
+    start = latest_checkpoint(tmp_path / "first")
+    given = load_file(start / "model.safetensors")
+    for index, where in enumerate((tmp_path / "first", start)):
+        run = tmp_path / f"second{index}"
+        train(tiny("train.steps=1", "train.lr=1e-12", "train.min_lr=0", "train.ema_start=1.0", "train.weight_decay=0",
+                   f"train.init_from={where}"), run, progress=False)  # fmt: skip
+        found = load_file(latest_checkpoint(run) / "model.safetensors")
+        assert latest_checkpoint(run).name == "step_00000001"
+        assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given)
+    with pytest.raises(FileNotFoundError, match=r"train\.init_from=.*nowhere: neither a run"):
+        train(tiny(f"train.init_from={tmp_path / 'nowhere'}"), tmp_path / "third", progress=False)
+    with pytest.raises(ValueError, match="of another architecture"):
+        train(tiny("model.depth=1", f"train.init_from={start}"), tmp_path / "fourth", progress=False)
+
+
+def test_a_run_goes_on_with_pictures_that_were_moved(tiny, tmp_path, pictures):
+    train(tiny("train.steps=6", "train.checkpoint_every=3"), tmp_path / "run", progress=False)
+    shutil.copytree(pictures, tmp_path / "moved")
+    train(tiny("train.steps=6", f"data.path={tmp_path / 'moved'}"), tmp_path / "run", resume=True, progress=False)
 
 
 # ---- late stops
