@@ -143,7 +143,8 @@ def note_versions(run_dir: Path, step: int, **more: Any) -> dict[str, Any]:
 # a resumed run may differ from its first part in these: they change no weight but by rounding, at most what is logged
 FREE_ON_RESUME = (
     "data.root", "data.path", "train.accumulate", "train.num_workers", "train.threads", "train.log_every",
-    "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard", "train.grad_checkpointing", "evaluate.",
+    "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard",
+    "train.grad_checkpointing", "evaluate.",
 )  # fmt: skip
 
 
