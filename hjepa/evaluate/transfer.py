@@ -143,7 +143,7 @@ def raw_pixels(size: Size) -> EncoderLike:
 
 
 def resized(images: Tensor, target: tuple[int, int]) -> Tensor:
-    """Images [B, 3, h, w] -> [B, 3, *target], bilinear, antialiased; as they are if they have that size."""
+    """Images [B, 3, h, w] at `target` (height, width), bilinear, antialiased; as they are if they have that size."""
     if tuple(images.shape[-2:]) == target:
         return images
     return F.interpolate(images, target, mode="bilinear", antialias=True)
