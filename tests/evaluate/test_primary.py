@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
 from hjepa.evaluate.primary import crossed_interval, holm, primary, save_hits, saved_hits
@@ -45,6 +46,22 @@ def test_interval_over_seeds_and_pictures_covers_as_often_as_it_says(over_seeds,
         alone.append(low <= 3 <= high)
     assert 0.92 < np.mean(covered) < 0.995
     assert over_pictures == 0 or np.mean(alone) < 0.9
+
+
+def test_variance_over_seeds_and_pictures_follows_from_the_mean_squares_of_the_two_way_layout():
+    rng = np.random.default_rng(1)
+    d = 2 * rng.normal(size=(5, 1)) + 5 * rng.normal(size=8) + rng.normal(size=(5, 8))
+    rows, columns, mean = d.mean(1), d.mean(0), d.mean()
+    squares = [
+        sum(8 * (row - mean) ** 2 for row in rows) / 4,
+        sum(5 * (column - mean) ** 2 for column in columns) / 7,
+        sum((d[i, j] - rows[i] - columns[j] + mean) ** 2 for i in range(5) for j in range(8)) / 28,
+    ]
+    parts = [squares[0] / 40, squares[1] / 40, -squares[2] / 40]
+    freedom = sum(parts) ** 2 / sum(part**2 / n for part, n in zip(parts, (4, 7, 28), strict=True))
+    assert sum(parts) > 1.3 * max(parts)  # neither factor alone
+    _, low, high, _ = crossed_interval(d)
+    assert (high - low) / 2 == pytest.approx(student.ppf(0.975, freedom) * math.sqrt(sum(parts)))
 
 
 def _rows(gains, metric="knn", size=32, **tags):
