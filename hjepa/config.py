@@ -66,7 +66,7 @@ class RopeConfig:
 
     use_rope: bool = False  # rotate queries and keys in every attention layer
     theta: float = key(10000.0, above=0)  # base of the frequencies; 100 suits grids of 8 to 30 patches
-    kind: str = key("axial", choices=KINDS)  # axial: fixed row and column halves; mixed: learned 2-D frequencies
+    kind: str = key("axial", choices=KINDS)  # axial: row and column halves; mixed: learned; fixed: golden angle
     learnable: bool = False  # train the frequencies
     theta_per_layer: list[float] | None = key(None, above=0)  # one theta per layer instead of one for all
     strategy: str = key("extrapolate", choices=STRATEGIES)  # what to do with positions on a grid not trained on

@@ -53,6 +53,7 @@ MUTANTS = [
     Mutant("sign of k", "nn/rope", "rotate(q, table), rotate(k, table)", f"rotate(q, table), rotate(k, {CONJUGATE})", "rope"),
     Mutant("swapped axes", "nn/frequencies", "torch.stack((torch.cat((omega, zero)), torch.cat((zero, omega))))", "torch.stack((torch.cat((zero, omega)), torch.cat((omega, zero))))", "rope"),
     Mutant("wrong frequencies", "nn/frequencies", "device=device) / (dim // 4)", "device=device) / (dim // 2)", "rope"),
+    Mutant("all fixed directions alike", "nn/frequencies", "i * GOLDEN %", "0 * i %", "rope"),
     Mutant("shifted index", "nn/frequencies", "torch.arange(height,", "torch.arange(1, height + 1,", "rope"),
     Mutant("CLS rotated", "nn/rotation", "rows = qkv[:, prefix:,", "rows = qkv[:, : qkv.shape[1] - prefix,", "attention"),
     Mutant("positions not gathered", "nn/rope", "return table[0][index]", "return table[:, : index.shape[1]].expand(len(index), -1, -1, -1, -1)", "rope"),

@@ -5,6 +5,9 @@ Pure functions. F is `[2, heads or 1, pairs]`, radians per patch: F[0] for rows,
     axial   F[0] = (w_0 .. w_{n-1}, 0 .. 0), F[1] = (0 .. 0, w_0 .. w_{n-1}), w_i = theta^(-i/n), n = dim/4
             first half of the channels turns with the row, second half with the column (H-JEPA's convention)
     mixed   F is learned, one per layer and head (Heo et al., "Rotary position embedding for vision transformer", 2024)
+    fixed   F[0, k] = w_k sin(k a), F[1, k] = w_k cos(k a), w_k = theta^(-2k/dim), k < dim/2, a the golden angle
+            every pair has a direction of its own, spread evenly over the circle; nothing is learned (a control for
+            mixed; Spiral RoPE, arXiv 2602.03227, is a relative)
 
 A larger grid than the one of training is met by a strategy, which only rescales F (s = grid / training grid, per axis):
 
@@ -27,7 +30,8 @@ import torch
 from torch import Tensor
 
 STRATEGIES = ("extrapolate", "interpolate", "ntk", "ntk_by_parts")
-KINDS = ("axial", "mixed")
+KINDS = ("axial", "mixed", "fixed")
+GOLDEN = math.pi * (3 - math.sqrt(5))  # the golden angle, in radians
 COORDINATES = ("index", "normalized")
 PARTS = (0.25, 1.0)  # turns over the training grid below which a pair is interpolated, above which it is not
 
@@ -45,6 +49,15 @@ def axial_frequencies(dim: int, theta: Tensor | float, device: torch.device | st
     omega = torch.as_tensor(theta, dtype=torch.float32, device=device) ** -exponent
     zero = torch.zeros_like(omega)
     return torch.stack((torch.cat((omega, zero)), torch.cat((zero, omega))))[:, None]
+
+
+def fixed_frequencies(dim: int, theta: Tensor | float, device: torch.device | str | None = None) -> Tensor:
+    """The fixed F: `[2, 1, dim / 2]` radians per patch, pair k at k golden angles from the row's direction."""
+    k = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    omega = torch.as_tensor(theta, dtype=torch.float32, device=device) ** -(k / (dim // 2))
+    turns = [i * GOLDEN % (2 * math.pi) for i in range(dim // 2)]  # rounded to float32 only now
+    direction = torch.tensor(turns, dtype=torch.float32, device=device)
+    return (omega * torch.stack((direction.sin(), direction.cos())))[:, None]
 
 
 def mixed_frequencies(dim: int, theta: float, layers: int, heads: int) -> Tensor:

@@ -28,6 +28,7 @@ from .frequencies import (
     KINDS,
     STRATEGIES,
     axial_frequencies,
+    fixed_frequencies,
     grid_positions,
     magnitude,
     mixed_frequencies,
@@ -48,7 +49,8 @@ class VisionRoPE2D(nn.Module):
         num_patches_per_side: side of the training grid, an int or (height, width).
         theta: base of the frequencies. A large theta gives slow pairs: 10000 is the report's, V-JEPA 2's and EVA-02's,
             100 that of axial rope-vit and DINOv3 and fits small grids, 10 that of mixed rope-vit.
-        kind: "axial" or "mixed" (learned frequencies per layer and head, theta sets their start).
+        kind: "axial", "mixed" (learned frequencies per layer and head, theta sets their start) or "fixed" (a direction
+            per channel pair, by the golden angle).
         num_heads, num_layers: needed by "mixed" and by `theta_per_layer`; axial tables are laid out for `num_heads`.
         learnable: make theta (one, or one per layer) a parameter, stored as its logarithm.
         theta_per_layer: one theta per layer in place of `theta`.
@@ -108,6 +110,8 @@ class VisionRoPE2D(nn.Module):
             raise ValueError(
                 f"strategy={value!r} rescales indices, coordinates='normalized' has none: leave 'extrapolate'"
             )
+        if self.kind == "fixed" and value.startswith("ntk"):
+            raise ValueError(f"strategy={value!r} is of kind='axial': with kind='fixed' 'extrapolate' or 'interpolate'")
         if self.kind == "mixed" and value.startswith("ntk"):
             raise ValueError(
                 f"strategy={value!r} needs theta, kind='mixed' has learned frequencies: 'extrapolate' or 'interpolate'"
@@ -154,9 +158,10 @@ class VisionRoPE2D(nn.Module):
         if self.mixed is not None:
             return self.mixed[layer].float()
         which = layer if len(self.thetas) > 1 else 0
+        make = fixed_frequencies if self.kind == "fixed" else axial_frequencies
         if self.log_theta is not None:
-            return axial_frequencies(self.rotary_dim, self.log_theta[which].float().exp(), self.log_theta.device)
-        return axial_frequencies(self.rotary_dim, self.thetas[which], device)
+            return make(self.rotary_dim, self.log_theta[which].float().exp(), self.log_theta.device)
+        return make(self.rotary_dim, self.thetas[which], device)
 
     def scaled_frequencies(
         self, grid_size: tuple[int, int], layer: int = 0, device: torch.device | str | None = None

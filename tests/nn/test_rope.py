@@ -25,6 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {"kind": "mixed", "num_heads": 2, "num_layers": 2, "theta": 10.0},
     "mixed_interpolate": {"kind": "mixed", "num_heads": 2, "num_layers": 2, "strategy": "interpolate"},
     "mixed_normalized": {"kind": "mixed", "num_heads": 2, "num_layers": 2, "coordinates": "normalized"},
+    "fixed": {"kind": "fixed", "theta": 10.0},
+    "fixed_interpolate": {"kind": "fixed", "strategy": "interpolate"},
     "normalized": {"coordinates": "normalized"},
     "fraction": {"fraction": 0.5},
     **{strategy: {"strategy": strategy} for strategy in STRATEGIES},
@@ -70,6 +72,22 @@ def test_any_grid_head_dim_theta_and_subset_follow_the_formula(
     y = rotate(x, rope.table((height, width), index=torch.tensor([kept])).transpose(1, 2))
     expected = rotate_rows(x, axial_angles(positions, dim, theta))
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_fixed_directions_equal_the_float64_formula_and_have_no_parameters() -> None:
+    """angle_k = w_k (x cos(k a) + y sin(k a)): x the column, y the row, a the golden angle, w_k = theta^(-k/16)."""
+    q, k = random_qk((7, 12), dim=32, heads=2)
+    rope = VisionRoPE2D(32, num_patches_per_side=14, theta=10.0, kind="fixed")
+    golden, pairs = math.pi * (3 - math.sqrt(5)), range(16)
+    angles = torch.tensor([
+        [10.0 ** (-i / 16) * (x * math.cos(i * golden) + y * math.sin(i * golden)) for i in pairs]
+        for y, x in patch_positions(7, 12).tolist()
+    ], dtype=torch.float64)  # fmt: skip
+    for x, turned in zip((q, k), rope(q, k, 7, 12), strict=True):
+        torch.testing.assert_close(turned.double(), rotate_rows(x, angles), atol=1e-5, rtol=0)
+    assert not list(rope.parameters()) and not rope.state_dict()
+    with pytest.raises(ValueError, match="strategy='ntk' is of kind='axial'"):
+        VisionRoPE2D(32, kind="fixed", strategy="ntk")
 
 
 # relative positions
