@@ -106,7 +106,9 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
     other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.125, str: lambda v: v + "x"}
     before = ALL[key]
     value = 1 if before is None and "theta" not in key and "path" not in key else before
-    value = "x" if key in ("data.path", "model.act_layer") else [2.0] if key.endswith("theta_per_layer") else value
+    value = [0.5] * 3 if key in ("data.mean", "data.std") else value
+    value = "x" if key in ("data.path", "model.act_layer", "train.init_from") else value
+    value = [2.0] if key.endswith("theta_per_layer") else value
     if before is not None:
         value = [*before, before[-1]] if isinstance(before, list) else other[type(before)](before)
     hjepa.config._set(config, key, value, "test")
