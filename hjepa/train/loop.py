@@ -49,6 +49,9 @@ from .sharding import fsdp_plugin, is_sharded, prepare, whole_optimizer, whole_w
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
 
+BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu
+
+
 class TrainingDiverged(RuntimeError):
     """Loss or gradient became NaN or infinite; the message names the step and the last good checkpoint."""
 
@@ -365,16 +368,16 @@ def _accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
 def choose_precision(asked: str) -> str:
     """The mixed precision of a run: `asked`, or for "auto" what this machine is fast in.
 
-    A GPU that has bfloat16 gets it. A CPU gets it where its products of matrices are half as fast again as in
-    float32 (AVX512-BF16, AMX), measured now: without such instructions bfloat16 is emulated, up to a hundred times
-    more slowly.
+    A GPU that has bfloat16 gets it, and so does a CPU with instructions for it (AVX512-BF16, AMX); without them it
+    is emulated, up to a hundred times more slowly. The instructions are asked for, not timed, so that a busy machine
+    chooses as a quiet one does.
     """
     if asked != "auto":
         return asked
     if torch.accelerator.is_available():
         cuda = torch.cuda.is_available()
         return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if 1.5 * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32) else "no"
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in BFLOAT16) else "no"
 
 
 def _warn_if_slow(mixed_precision: str) -> None:

@@ -153,9 +153,12 @@ def test_muon_goes_on_from_its_state_dict(tiny):
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
-@pytest.mark.parametrize(("half", "chosen"), [(0.4, "bf16"), (0.9, "no"), (50.0, "no")])
-def test_auto_precision_is_what_the_processor_is_fast_in(monkeypatch, half, chosen):
-    monkeypatch.setattr(loop, "_matmul_seconds", {torch.float32: 1.0, torch.bfloat16: half}.__getitem__)
+@pytest.mark.parametrize(("has", "chosen"), [("_is_avx512_bf16_supported", "bf16"), ("_is_amx_tile_supported", "bf16"),
+                                            ("", "no")])  # fmt: skip
+def test_auto_precision_is_what_the_processor_has_instructions_for(monkeypatch, has, chosen):
+    for name in loop.BFLOAT16:
+        assert callable(getattr(torch.cpu, name))
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert loop.choose_precision("auto") == chosen
     assert loop.choose_precision("fp16") == "fp16"
