@@ -9,9 +9,9 @@ An export is a folder in timm's own layout:
     rope.safetensors    learned frequencies, only where there are any
 
 timm loads it with `checkpoint_path=`, `local-dir:` or `hf-hub:` and gives the same tokens; where it has no model that
-rotates alike (`hjepa.nn.timm_rope`) it refuses the architecture's name, hjepa_rotary_.. . `load_pretrained` gives the
-encoder as it was trained, from older exports too. A plain encoder without a position embedding is exported with one of
-zeros, which adds nothing, because timm's models expect one.
+rotates alike (`hjepa.nn.timm_rope`) it refuses the architecture's name, ``hjepa_rotary_...``. `load_pretrained` gives
+the encoder as it was trained, from older exports too. A plain encoder without a position embedding is exported with
+one of zeros, which adds nothing, because timm's models expect one.
 
 Writing and checking checkpoints is in `hjepa.train.checkpoint`; import it from here.
 Not covered: export of the predictor.

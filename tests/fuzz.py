@@ -191,8 +191,9 @@ def images(folder: Path) -> Iterator[Case]:
         path.write_bytes(damaged(rng, data))
         try:
             if rng.random() < 0.2:
-                pictures = load_data("imagefolder", path=folder, image_size=16, on_corrupt="skip")
-                assert len(pictures) + len(pictures.skipped) == 3
+                where: dict[str, Any] = dict(path=folder, image_size=16, on_corrupt="skip")
+                pictures = load_data("imagefolder", **where)
+                assert 2 <= len(pictures) + len(pictures.skipped) <= 3  # one may be for validation
                 assert pictures.at_size(16).isfinite().all()
             else:
                 read_image(path)

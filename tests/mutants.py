@@ -141,8 +141,11 @@ def run_tests(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
     """pytest's exit code and last line on a copy of the package, mutated or not. Once per process: it imports hjepa."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("hjepa", "tests"):
+        for name in ("hjepa", "tests", "configs"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (copy / "docs").mkdir()
+        for page in (ROOT / "docs").glob("*.md"):  # some tests run the code of a page
+            shutil.copy(page, copy / "docs")
         shutil.copy(ROOT / "pyproject.toml", copy)
         if mutant is not None:
             source = copy / "hjepa" / f"{mutant.module}.py"

@@ -109,7 +109,7 @@ def wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 60)
 
 
 FINISHED = """() => {
-    const shown = document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt');
+    const shown = document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt:not(.jp-Placeholder-prompt)');
     const prompts = [...shown].map(prompt => prompt.textContent.trim());
     return prompts.length > 20 && prompts.every(p => /^\\[\\d+\\]:?$/.test(p));
 }"""

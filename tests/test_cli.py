@@ -98,15 +98,15 @@ def test_several_processes_need_a_named_folder(monkeypatch, capsys):
 
 
 def test_evaluate_reads_the_same_weights_under_each_strategy(run, tmp_path, capsys):
-    words = ["evaluate", "--run", str(run), "--sizes", "32,48x96", "--strategy", "extrapolate,interpolate"]
+    words = ["evaluate", "--run", str(run), "--sizes", "32,48x192", "--strategy", "extrapolate,interpolate"]
     assert main([*words, "--out", str(tmp_path / "e.csv")]) == 0
     rows = rows_from_csv(tmp_path / "e.csv")
     names = ["rope extrapolate", "rope interpolate", "random init", "raw pixels", "colour histogram", "HOG"]
     assert list(dict.fromkeys(row["encoder"] for row in rows)) == names
-    assert {row["size"] for row in rows} == {(64, 64), (32, 32), (48, 96)}
+    assert {row["size"] for row in rows} == {(64, 64), (32, 32), (48, 192)}
     assert "probe" in capsys.readouterr().out
     value = {(r["encoder"], r["size"], r["metric"]): r["value"] for r in rows}
-    for size, same in (((64, 64), True), ((48, 96), False)):
+    for size, same in (((64, 64), True), ((48, 192), False)):
         pair = [value[name, size, "cka"] for name in names[:2]], [value[n, size, "effective_rank"] for n in names[:2]]
         assert (pair[0][0] == pair[0][1] and pair[1][0] == pair[1][1]) is same
 

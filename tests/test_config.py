@@ -147,7 +147,7 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
         ("model.rope.theta_per_layer=[1, -1]", "must be above 0"),
         ("model.rope.fraction=1.5", "must be between 0 and 1"),
         ("model.rope.jitter=0.5", "must be at least 1"),
-        ("model.rope.kind=axail", "must be one of axial, mixed; nearest: axial"),
+        ("model.rope.kind=axail", "must be one of axial, mixed, fixed; nearest: axial"),
         ("model.rope.strategy=extrapolat", "nearest: extrapolate"),
         ("data.name=fashion-mnist", "nearest: fashion_mnist"),
         ("loss.kind=l1", "must be one of smooth_l1, mse"),
