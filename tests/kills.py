@@ -157,9 +157,10 @@ def tour(where: Path, count: int, rng: random.Random) -> bool:
     code, kills = killed_until_done(
         lambda: command, lambda child: after(rng.uniform(0.02, 0.8) * whole)(child), count, where
     )
-    tables = complete()
+    tables, last = complete(), sorted(where.glob("runs/tour-*"))[-1]
     return all([
         check(f"ends well after {kills} kills", code == 0 and kills == count),
+        check("the last tour left its results", all((last / name).is_file() for name in ("table.csv", "metrics.json"))),
         check("the tours before and after left a table", len(tables) >= 2),  # more: killed after writing theirs
         check("every table is whole: the same", len(set(tables)) == 1),
     ])  # fmt: skip

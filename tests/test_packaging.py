@@ -163,6 +163,8 @@ def test_what_the_wheel_brings_along_exists():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert not [path for path in tool["force-include"] if not (ROOT / path).exists()]
     assert f"hjepa/_assets/{NOTEBOOK}" in tool["force-include"].values()
+    asked = re.findall(r'find_file\(\\"(results/[^\\"]*)\\"\)', (ROOT / NOTEBOOK).read_text())
+    assert asked and all(tool["force-include"][name] == f"hjepa/_assets/{name}" for name in asked)
 
 
 def test_make_without_a_target_lists_the_targets():

@@ -100,10 +100,12 @@ def read_all(
     strategies: Sequence[str] = ("interpolate", "extrapolate"),
     split: str = "test",
     progress: bool = False,
+    hits: dict[Any, Any] | None = None,
 ) -> list[Row]:
     """Rows of `resolution_transfer` for every trained encoder beside its random start and the simple baselines.
 
-    sizes: pixels, beside the training size. gallery, queries, knn_k and pool are those of the first config.
+    sizes: pixels, beside the training size. hits receives which test pictures were right (`resolution_transfer`), for
+    intervals over seeds and pictures together. gallery, queries, knn_k and pool are those of the first config.
     """
     config = next(iter(configs.values()))
     known, asked = load_split(config, "train"), load_split(config, split)
@@ -112,5 +114,5 @@ def read_all(
     simple = baselines(known, size)
     everybody = {**readers(configs, folder, strategies), **simple}
     return resolution_transfer(
-        everybody, known, asked, train_size=size, sizes=sizes, refit=False, progress=progress, **options
+        everybody, known, asked, train_size=size, sizes=sizes, refit=False, progress=progress, hits=hits, **options
     )

@@ -49,7 +49,10 @@ def test_every_result_shows_random_init_and_all_simple_baselines(configs, tmp_pa
     assert list(readers(configs, tmp_path, ["interpolate", "extrapolate"])) == [
         "rope, interpolated", "rope, extrapolated", "absolute, resampled", "random init",
     ]  # fmt: skip
-    rows = read_all(configs, tmp_path, [16], strategies=["interpolate"])
+    hits: dict = {}
+    rows = read_all(configs, tmp_path, [16], strategies=["interpolate"], hits=hits)
+    value = {(row["encoder"], row["size"], row["metric"]): row["value"] for row in rows}
+    assert hits and all(float(each.double().mean()) == pytest.approx(value[key]) for key, each in hits.items())
     names = {row["encoder"] for row in rows}
     simple = {"raw pixels", "colour histogram", "HOG"}
     assert names == {"rope, interpolated", "absolute, resampled", "random init"} | simple
