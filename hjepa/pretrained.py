@@ -37,11 +37,15 @@ def load_pretrained(name: str) -> ContextEncoder | TargetEncoder:
     Raises:
         ValueError: no such name; the message has those there are, and the nearest.
     """
+    return hub.load_pretrained(_folder(name))[0]
+
+
+def _folder(name: str) -> Path:
     names = list_pretrained()
     if name not in names:
         near = nearest(name, names) or "none"
         raise ValueError(f"pretrained encoder {name!r} is not one of {', '.join(names)}; nearest: {near}")
-    return hub.load_pretrained(WEIGHTS / name)[0]
+    return WEIGHTS / name
 
 
 def ship(run: str | Path, name: str) -> Path:
@@ -58,8 +62,7 @@ def ship(run: str | Path, name: str) -> Path:
 
 def card(name: str) -> str:
     """The card of an encoder: what it was trained on and how, what it can do, and under which terms."""
-    load_pretrained(name)
-    return (WEIGHTS / name / "README.md").read_text(encoding="utf-8")
+    return (_folder(name) / "README.md").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

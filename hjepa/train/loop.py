@@ -201,7 +201,7 @@ class _Run:
         options = self.config.train
         lr = lr_at(step, steps=options.steps, lr=options.lr, min_lr=options.min_lr, warmup=options.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * lr / options.lr
+            group["lr"] = group.get("peak", options.lr) * lr / options.lr  # checkpoints of 0.1 have no peak
         numbers, pooled = [], []
         for _ in self.rows:
             arguments = next(feed)

@@ -182,3 +182,20 @@ def test_muon_is_refused_where_matrices_are_cut_over_processes(tiny, tmp_path, m
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"train.optimizer=muon .*FSDP.*; nearest: adamw"):
         train(tiny(*VIEWS, "objective=views"), tmp_path, progress=False)
+
+
+def test_a_checkpoint_whose_optimiser_keeps_no_peak_goes_on_at_the_configured_rate(tiny, tmp_path, monkeypatch):
+    """Those of version 0.1 have none."""
+    config = tiny("train.steps=3")
+
+    def without_peak(*args, **kwargs):
+        optimizer = build_optimizer(*args, **kwargs)
+        for group in optimizer.param_groups:
+            del group["peak"]
+        return optimizer
+
+    train(config, tmp_path / "new", progress=False)
+    monkeypatch.setattr(loop, "build_optimizer", without_peak)
+    train(config, tmp_path / "old", progress=False)
+    new, old = (load_file(latest_checkpoint(tmp_path / name) / "model.safetensors") for name in ("new", "old"))
+    assert all(torch.equal(new[key], old[key]) for key in new)
