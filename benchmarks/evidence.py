@@ -1,0 +1,183 @@
+"""The primary comparisons of docs/protocol.md: models of two position schemes in four cells, seed by seed.
+
+    python -m benchmarks.evidence run --seeds 100 101 --split validation --out results/primary/pilot
+    python -m benchmarks.evidence seeds results/primary/pilot            # the number of seeds that follows
+    python -m benchmarks.evidence run --seeds 0 1 2 3 4 5 6 --split test-b --out results/primary
+    python -m benchmarks.evidence table results/primary --seeds 7        # primary.csv, accuracy.csv, primary.png
+
+A seed takes about 25 minutes of one core and leaves seed-N.npz: which pictures each model read rightly, as packed bits.
+`run` says nothing of what it read, and `table` refuses to look before all seeds are there. A run that was stopped goes
+on where it was; two processes may work on different seeds. Pictures come from the folder in HJEPA_DATA, or from data.
+Not covered: exploratory schemes and sizes, which are sweeps.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hjepa.build import load_split, plain
+from hjepa.config import Config
+from hjepa.evaluate.baselines import baselines
+from hjepa.evaluate.primary import primary
+from hjepa.evaluate.results import Row, rows_to_csv
+from hjepa.evaluate.transfer import resolution_transfer
+from hjepa.experiments.transfer import readers, scheme_configs, train_all
+from hjepa.inputs import UserError, size_pair, size_text
+
+RECIPE = Path(__file__).resolve().parent.parent / "configs" / "photographs.yaml"
+SCHEMES = ("rope", "absolute")
+A, B = "rope, interpolated", "absolute, resampled"
+SIZES, METRICS = (32, 64, 128), ("knn", "probe")  # pixels; half, the training size and twice
+SHAPE = (
+    "model.embed_dim=128", "model.depth=5", "model.num_heads=4", "evaluate.gallery=4000", "evaluate.queries=2000",
+    "train.eval_every=1000", "train.checkpoint_every=60",
+)  # fmt: skip
+VIEWS = ("objective=views", "train.steps=120", "train.warmup=12")
+LABELS = ("objective=labels", "train.steps=240", "train.warmup=24", "views.large=1", "views.small=0", "views.keep=1.0")
+CELLS = {  # objective and training grids -> overrides
+    "views, one grid": (*VIEWS, "views.large=6", "views.small=0", "views.large_scale=[0.1,1.0]"),
+    "views, several grids": VIEWS,
+    "labels, one grid": LABELS,
+    "labels, several grids": (*LABELS, "data.train_scales=[0.75,1.0,1.25]"),
+}
+LEAST, MOST, HALF_WIDTH = 5, 12, 2.0  # seeds, seeds, points to either side
+
+
+def configs_of(cell: str, seed: int) -> dict[str, Config]:
+    """The two configs of a cell, equal but for positions."""
+    root = os.environ.get("HJEPA_DATA", "data")
+    return scheme_configs(RECIPE, SCHEMES, [*SHAPE, *CELLS[cell], f"train.seed={seed}", f"data.root={root}"])
+
+
+def run(seed: int, split: str, out: Path, runs: Path) -> None:
+    """Train and read every cell of one seed, then write out/seed-N.npz and drop the run folders."""
+    kept, folder = {}, runs / f"seed-{seed}"
+    for place, cell in enumerate(CELLS):
+        configs = configs_of(cell, seed)
+        done = folder / cell.replace(", ", "-").replace(" ", "-")
+        train_all(configs, done, progress=False)
+        config = configs["rope"]
+        everybody = readers(configs, done)
+        known, asked = load_split(config, "train"), load_split(config, split)
+        if place == 0:  # baselines know nothing of cells
+            everybody |= baselines(known, config.data.image_size)
+        options: Any = plain(config.evaluate) | {"sizes": SIZES, "train_size": config.data.image_size}
+        hits: dict[Any, Any] = {}
+        resolution_transfer(everybody, known, asked, refit=False, hits=hits, **options)
+        kept |= {
+            key_of(cell, encoder, size, metric): each.numpy()
+            for (encoder, size, metric), each in hits.items() if metric in METRICS
+        }  # fmt: skip
+        print(f"seed {seed}: {cell} trained and read", flush=True)
+    save(kept, out / f"seed-{seed}.npz")
+    shutil.rmtree(folder)
+
+
+def key_of(cell: str, encoder: str, size: tuple[int, int], metric: str) -> str:
+    return "; ".join((cell, encoder, size_text(size), metric))
+
+
+def save(hits: dict[str, np.ndarray], path: Path) -> None:
+    """Which pictures were read rightly, eight to a byte; `pictures` holds their number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    packed = {key: np.packbits(each) for key, each in hits.items()}
+    count = len(next(iter(hits.values())))
+    whole = path.with_name(f".{path.name}")  # numpy adds .npz to any other ending
+    np.savez_compressed(whole, pictures=np.array(count), **packed)  # type: ignore[arg-type]
+    os.replace(whole, path)
+
+
+def rows_of(folder: Path, seeds: list[int]) -> Iterator[tuple[Row, np.ndarray]]:
+    """Rows with cell, encoder, size, metric, seed and value, each with the hits behind it."""
+    missing = [seed for seed in seeds if not (folder / f"seed-{seed}.npz").exists()]
+    if missing:
+        raise UserError(f"{folder} lacks seeds {missing}; all of {seeds} must be there before any is looked at")
+    for seed in seeds:
+        with np.load(folder / f"seed-{seed}.npz", allow_pickle=False) as kept:
+            count = int(kept["pictures"])
+            for key in kept.files:
+                if key == "pictures":
+                    continue
+                cell, encoder, size, metric = key.split("; ")
+                hit = np.unpackbits(kept[key], count=count).astype(bool)
+                row = {"cell": cell, "seed": seed, "encoder": encoder, "size": size_pair(size), "metric": metric,
+                       "value": float(hit.mean())}  # fmt: skip
+                yield row, hit
+
+
+def comparisons() -> list[dict[str, Any]]:
+    """The sixteen of the protocol."""
+    return [
+        {"comparison": cell, "a": A, "b": B, "metric": metric, "size": size, "cell": cell}
+        for cell in CELLS for size in (32, 128) for metric in METRICS
+    ]  # fmt: skip
+
+
+def number_of_seeds(differences: np.ndarray) -> tuple[float, int]:
+    """Paired differences [comparisons, seeds] in points -> their pooled standard deviation, and the fewest seeds whose
+    95 % interval is at most HALF_WIDTH to either side, LEAST to MOST."""
+    from scipy.stats import t
+
+    spread = float(np.sqrt(differences.var(axis=1, ddof=1).mean()))
+    enough = (n for n in range(LEAST, MOST) if t.ppf(0.975, n - 1) * spread / n**0.5 <= HALF_WIDTH)
+    return spread, next(enough, MOST)
+
+
+def found_in(folder: Path, seeds: list[int]) -> tuple[list[Row], list[Row]]:
+    """The rows, and the primary comparisons over seeds and pictures together."""
+    pairs = list(rows_of(folder, seeds))
+    hits = {(r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]): hit for r, hit in pairs}
+    rows = [row for row, _ in pairs]
+    behind = lambda r: hits[r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]]  # noqa: E731
+    return rows, primary(rows, comparisons(), behind)
+
+
+def pilot(folder: Path) -> tuple[float, int]:
+    seeds = sorted(int(path.stem.split("-")[1]) for path in folder.glob("seed-*.npz"))
+    rows = {(r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]): r["value"] for r, _ in rows_of(folder, seeds)}
+    differences = [
+        [100 * (rows[c["cell"], s, A, size_pair(c["size"]), c["metric"]]
+                - rows[c["cell"], s, B, size_pair(c["size"]), c["metric"]]) for s in seeds]
+        for c in comparisons()
+    ]  # fmt: skip
+    return number_of_seeds(np.array(differences))
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train and read seeds")
+    running.add_argument("--seeds", type=int, nargs="+", required=True)
+    running.add_argument("--split", choices=("validation", "test", "test-b"), required=True)
+    running.add_argument("--out", type=Path, required=True)
+    running.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    number = commands.add_parser("seeds", help="spread of a pilot and the number of seeds that follows")
+    number.add_argument("folder", type=Path)
+    table = commands.add_parser("table", help="write primary.csv and accuracy.csv")
+    table.add_argument("folder", type=Path)
+    table.add_argument("--seeds", type=int, required=True, help="how many were fixed: 0 to this number less one")
+    given = parser.parse_args(words)
+    if given.command == "run":
+        for seed in given.seeds:
+            if not (given.out / f"seed-{seed}.npz").exists():
+                run(seed, given.split, given.out, given.runs)
+    elif given.command == "seeds":
+        print("standard deviation {:.2f} points, pooled; {} seeds".format(*pilot(given.folder)))
+    else:
+        rows, found = found_in(given.folder, list(range(given.seeds)))
+        rows_to_csv(rows, given.folder / "accuracy.csv")
+        rows_to_csv(found, given.folder / "primary.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
