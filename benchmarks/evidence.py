@@ -65,7 +65,7 @@ def run(seed: int, split: str, out: Path, runs: Path) -> None:
         config = configs["rope"]
         everybody = readers(configs, done)
         known, asked = load_split(config, "train"), load_split(config, split)
-        if place == 0:  # baselines know nothing of cells
+        if place == 0 and seed == 0:  # baselines know nothing of cells and seeds
             everybody |= baselines(known, config.data.image_size)
         options: Any = plain(config.evaluate) | {"sizes": SIZES, "train_size": config.data.image_size}
         hits: dict[Any, Any] = {}

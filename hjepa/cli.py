@@ -300,10 +300,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from .experiments.sweep import load_sweep, run_sweep
+    from .experiments.sweep import announcement, load_sweep, run_sweep
 
     sweep, runs = load_sweep(arguments.file)
-    print(f"{len(runs)} runs of {sweep.notebook}, {sweep.max_parallel} at a time, results in {sweep.out}", flush=True)
+    print(announcement(sweep, runs), flush=True)
     failed = run_sweep(arguments.file)
     _show_sweep(Path(sweep.out))
     print(f"{len(runs) - len(failed)} of {len(runs)} runs finished; results: {Path(sweep.out, 'results.json')}")

@@ -6,13 +6,17 @@
     seeds: [0, 1, 2]                      # short for one more grid entry, `seed`
     max_parallel: 2                       # runs at a time
     executor: local                       # or slurm, with a section `slurm:` of submitit's options
+    minutes_per_run: 12                   # as timed before; announced until a run of this sweep has been timed
+    primary:                              # comparisons fixed beforehand -> primary.csv (`hjepa.evaluate.primary`)
+      - {comparison: twice the size, a: "rope, interpolated", b: "absolute, resampled", metric: knn, size: 128,
+         setting: theta=10.0}
 
 A relative path among the parameters (path, data_root, data.path=...) is one of the current folder, in which the
 notebook does not run. Each run has a folder out/LABEL-HASH, HASH of the parameters, the notebook's code and the
 package's version, so a changed notebook makes its runs again; the notebook gets it as `run_dir` and writes metrics.json
-there, {"rows": [...]}. A finished run has state "finished" in run.json and is never run again. One that was stopped is
-run again in the same folder, so a notebook that trains should resume there. A run that fails leaves error.txt and holds
-up nobody.
+there, {"rows": [...]}, and may write hits.npz (`hjepa.evaluate.primary.save_hits`). A finished run has state "finished"
+in run.json and is never run again. One that was stopped is run again in the same folder, so a notebook that trains
+should resume there. A run that fails leaves error.txt and holds up nobody.
 
 Runs outlive a sweep that is killed. Each holds its folder's lock, so the next sweep waits for it instead of doubling
 it; results pass through files only, nothing is unpickled.
@@ -29,16 +33,16 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
 from tqdm import tqdm
 
-from ..evaluate.results import sweep_csv, sweep_rows
+from ..evaluate.results import rows_to_csv, sweep_csv, sweep_rows
 from ..files import hold, is_held, json_text, read_json, read_yaml, user_path, write_whole
-from ..inputs import UserError, nearest
+from ..inputs import UserError, nearest, size_pair
 from ..versions import differences, versions
 from .notebooks import NotebookError, check_parameters, execute, find_parameters, notebook_digest
 
@@ -64,6 +68,8 @@ class Sweep:
     timeout_min: int = 1440  # a longer run fails
     slurm: dict[str, Any] = field(default_factory=dict)  # submitit's options, such as partition
     out: str = ""  # results folder; runs/sweeps/NAME of the file if absent
+    minutes_per_run: float = 0.0  # as timed before; 0: not known
+    primary: list[dict[str, Any]] = field(default_factory=list)  # comparisons fixed beforehand
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def _read(path: Path) -> Sweep:
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}; nearest: {nearest(str(key), known) or 'none'}")
         kind = get_origin(known[key]) or known[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise UserError(f"{path}: {key}={value!r} must be {kind.__name__}, not {type(value).__name__}")
     if not tree.get("notebook"):
         raise UserError(f"{path}: no key `notebook`, the path of what to run")
@@ -151,10 +157,27 @@ def _check(sweep: Sweep, path: Path) -> None:
     for key, value in {**sweep.parameters, **sweep.grid}.items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in _leaves(value)):
             raise UserError(f"{path}: {key}={value!r} holds a number that is not finite, which JSON does not know")
+    if not 0 <= sweep.minutes_per_run < math.inf:
+        raise UserError(f"{path}: minutes_per_run={sweep.minutes_per_run} must be a number of minutes, 0 if not known")
+    _check_primary(sweep, path)
     names = [*sweep.parameters, *sweep.grid, *(["seed"] if sweep.seeds else [])]
     for name in ({n for n in names if names.count(n) > 1} | {"run_dir"}) & set(names):
         why = "is set by the sweep itself" if name == "run_dir" else "is given twice (parameters, grid, seeds)"
         raise UserError(f"{path}: parameter {name} {why}")
+
+
+def _check_primary(sweep: Sweep, path: Path) -> None:
+    if not sweep.primary:
+        return
+    from ..evaluate.primary import NAMES  # brings torch, which a mistake in the file need not wait for
+
+    for asked in sweep.primary:
+        missing = [name for name in NAMES if not (isinstance(asked, dict) and name in asked)]
+        if missing:
+            raise UserError(f"{path}: primary comparison {asked!r} lacks {', '.join(missing)}")
+        size_pair(asked["size"])
+    if len(sweep.seeds) < 2:
+        raise UserError(f"{path}: primary comparisons need two seeds or more, not seeds={sweep.seeds!r}")
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -231,7 +254,7 @@ def run_sweep(path: str | Path, *, progress: bool = True) -> list[Run]:
         todo = [run for run in runs if not run.finished]
         _say_what_is_kept([run for run in runs if run.finished])
         _Jobs(sweep, todo).work(tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", disable=not progress))
-        gather(runs, Path(sweep.out))
+        gather(runs, Path(sweep.out), sweep.primary)
     return [run for run in runs if not run.finished]
 
 
@@ -322,8 +345,22 @@ def _executor(sweep: Sweep) -> Any:
     return executor
 
 
-def gather(runs: list[Run], out: Path) -> None:
-    """Write results.json, a line per run with its metrics, and table.csv, the rows of all finished runs."""
+def announcement(sweep: Sweep, runs: list[Run]) -> str:
+    """Cells, seeds and minutes before anything starts, from runs of this sweep that were timed, or as its file says."""
+    cells = len({json.dumps({k: v for k, v in run.varied.items() if k != "seed"}, sort_keys=True) for run in runs})
+    seeds = len({json.dumps(run.varied.get("seed")) for run in runs})
+    done = [run for run in runs if run.finished]
+    timed = [seconds for run in done if (seconds := (read_json(run.folder / "run.json") or {}).get("seconds"))]
+    each = sum(timed) / len(timed) / 60 if timed else sweep.minutes_per_run
+    rounds = -(-(len(runs) - len(done)) // sweep.max_parallel)
+    lasts = f"about {rounds * each:.0f} minutes" if each else "minutes not known before a first run"
+    todo = f"{len(runs) - len(done)} of {len(runs)} runs to do ({cells} cells, {seeds} seeds)"
+    return f"{todo}, {sweep.max_parallel} at a time, {lasts}; {sweep.notebook}, results in {sweep.out}"
+
+
+def gather(runs: list[Run], out: Path, comparisons: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write results.json, a line per run with its metrics, table.csv, the rows of all finished runs, and, once every
+    run is finished, primary.csv, the comparisons that were fixed beforehand."""
     results = []
     for run in runs:
         metrics = read_json(run.folder / "metrics.json") if run.finished else {}
@@ -335,3 +372,8 @@ def gather(runs: list[Run], out: Path) -> None:
     rows = sweep_rows(results)
     if rows:
         write_whole(out / "table.csv", sweep_csv(rows))
+    if comparisons and all(run.finished for run in runs):
+        from ..evaluate.primary import primary, saved_hits
+
+        found = primary(rows, comparisons, lambda row: saved_hits(row, out / row["run"] / "hits.npz"))
+        rows_to_csv(found, out / "primary.csv")

@@ -8,13 +8,16 @@ import sys
 import time
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 
 from hjepa.cli import main
 from hjepa.evaluate.plots import sweep_figure
+from hjepa.evaluate.primary import crossed_interval, save_hits
 from hjepa.evaluate.results import rows_from_csv, sweep_rows, sweep_summary
 from hjepa.experiments.notebooks import notebook_digest
-from hjepa.experiments.sweep import gather, load_sweep, run_sweep
+from hjepa.experiments.sweep import announcement, gather, load_sweep, run_sweep
 from hjepa.files import hold, read_json
 from hjepa.versions import versions
 
@@ -329,3 +332,71 @@ def test_a_finished_run_needs_its_metrics_too(tmp_path):
     assert rows_from_csv(tmp_path / "out" / "table.csv") == [
         {"setting": "recipe", "seed": 9, "metric": "knn", "value": 0.5, "run": run.folder.name}
     ]
+
+
+def finished_runs(path, seconds=90.0):
+    """The runs of a sweep as if each had ended: encoder a is right about 6 + seed of 10 pictures, b about 5."""
+    runs = load_sweep(path)[1]
+    for run in runs:
+        right = {"a": 6 + run.parameters["seed"], "b": 5}
+        hits = {(name, (32, 32), "knn"): torch.arange(10) < count for name, count in right.items()}
+        rows = [{"encoder": n, "size": [32, 32], "metric": "knn", "value": c / 10} for n, c in right.items()]
+        run.folder.mkdir(parents=True)
+        (run.folder / "metrics.json").write_text(json.dumps({"rows": rows}))
+        (run.folder / "run.json").write_text(json.dumps({"state": "finished", "seconds": seconds}))
+        save_hits(hits, run.folder / "hits.npz")
+    return runs
+
+
+PRIMARY = """
+grid: {mode: [fine, other]}
+seeds: [0, 1, 2]
+minutes_per_run: 7
+primary:
+  - {comparison: fine, a: a, b: b, metric: knn, size: 32, setting: mode=fine}
+"""
+
+
+def test_comparisons_of_the_file_are_written_once_all_runs_are_there(tmp_path):
+    """Gains of 10, 20 and 30 points, asked of ten pictures: the mean, and the interval over seeds and pictures."""
+    path = write(make_folder(tmp_path), PRIMARY)
+    sweep, runs = load_sweep(path)
+    finished_runs(path)
+    (runs[0].folder / "run.json").unlink()
+    gather(runs, tmp_path / "out", sweep.primary)
+    assert not (tmp_path / "out" / "primary.csv").exists()
+    (runs[0].folder / "run.json").write_text('{"state": "finished"}')
+    gather(runs, tmp_path / "out", sweep.primary)
+    (row,) = rows_from_csv(tmp_path / "out" / "primary.csv")
+    assert (row["comparison"], row["reader"], row["size"], row["seeds"]) == ("fine", "knn", (32, 32), 3)
+    assert row["mean"] == pytest.approx(20) and row["interval"] == "seeds and pictures"
+    assert row["p_holm"] == row["p"] > 0
+    seeds_alone = crossed_interval(np.array([[10.0], [20.0], [30.0]]))
+    assert row["p"] > seeds_alone[3]  # ten pictures settle less than three seeds seem to
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seeds: [0, 1]\nprimary: [{a: x}]", "lacks comparison, b, metric, size"),
+        ("seeds: [0]\nprimary: [{comparison: c, a: a, b: b, metric: knn, size: 32}]", "two seeds or more"),
+        ("seeds: [0, 1]\nprimary: [{comparison: c, a: a, b: b, metric: knn, size: big}]", "big"),
+        ("minutes_per_run: -1", "minutes_per_run=-1 must be a number of minutes"),
+    ],
+)
+def test_comparisons_that_cannot_be_made_are_refused_before_anything_runs(tmp_path, text, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_sweep(write(make_folder(tmp_path), text))
+
+
+def test_a_sweep_says_cells_and_minutes_before_it_starts(tmp_path):
+    """Six runs of 7 minutes, two at a time: 21; once runs of 90 s are timed, what is left takes as long as those."""
+    path = write(make_folder(tmp_path), PRIMARY)
+    sweep, runs = load_sweep(path)
+    assert "6 of 6 runs to do (2 cells, 3 seeds), 2 at a time, about 21 minutes" in announcement(sweep, runs)
+    finished_runs(path, seconds=600)
+    for run in runs[:3]:
+        (run.folder / "run.json").unlink()
+    assert "3 of 6 runs to do (2 cells, 3 seeds), 2 at a time, about 20 minutes" in announcement(sweep, runs)
+    unknown = load_sweep(write(tmp_path, "seeds: [4]", "u.yaml"))
+    assert "minutes not known before a first run" in announcement(*unknown)

@@ -1,0 +1,108 @@
+"""The command of the primary comparisons: its cells, its sealed readings, the number of seeds that a pilot gives."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from benchmarks import evidence
+from hjepa.config import flat_config
+from hjepa.evaluate.results import rows_from_csv
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = 40
+
+
+def write_seed(folder: Path, seed: int, gain: int = 4) -> dict[str, np.ndarray]:
+    """Readings of one seed, made up: of 40 pictures rotation gets 10 + gain + seed right, the embedding 10."""
+    hits = {}
+    for cell in evidence.CELLS:
+        for encoder, right in ((evidence.A, 10 + gain + seed), (evidence.B, 10), ("random init", 3)):
+            for size in (32, 64, 128):
+                for metric in evidence.METRICS:
+                    hits[evidence.key_of(cell, encoder, (size, size), metric)] = np.arange(PICTURES) < right
+    evidence.save(hits, folder / f"seed-{seed}.npz")
+    return hits
+
+
+@pytest.mark.parametrize("cell", evidence.CELLS)
+def test_the_two_models_of_a_cell_differ_in_their_positions_alone(cell):
+    rope, absolute = (flat_config(config) for config in evidence.configs_of(cell, 3).values())
+    assert {key for key in rope if rope[key] != absolute[key]} == {"model.rope.use_rope", "model.use_absolute"}
+    assert rope["model.rope.use_rope"] and absolute["model.use_absolute"] and rope["train.seed"] == 3
+    assert rope["model.rope.theta"] == 10 and rope["model.embed_dim"] == 128 and rope["train.batch_size"] == 128
+
+
+def test_the_cells_are_those_of_the_protocol():
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    assert "120 steps of 128 pictures with views, 240 with labels" in text
+    for cell in evidence.CELLS:
+        config = flat_config(evidence.configs_of(cell, 0)["rope"])
+        assert config["train.steps"] == (120 if cell.startswith("views") else 240)
+        grids = (config["views.small"] > 0) if cell.startswith("views") else (len(config["data.train_scales"]) > 1)
+        assert grids == ("several" in cell)
+    assert len({tuple(sorted(c.items())) for c in evidence.comparisons()}) == 16
+
+
+def test_stored_hits_come_back_as_they_were_and_make_the_rows(tmp_path):
+    stored = write_seed(tmp_path, 0)
+    rows = list(evidence.rows_of(tmp_path, [0]))
+    assert len(rows) == len(stored)
+    for row, hit in rows:
+        assert np.array_equal(hit, stored[evidence.key_of(row["cell"], row["encoder"], row["size"], row["metric"])])
+        assert row["value"] == hit.mean()
+
+
+def test_nothing_is_looked_at_before_the_last_seed_is_there(tmp_path, capsys):
+    for seed in (0, 1):
+        write_seed(tmp_path, seed)
+    with pytest.raises(ValueError, match=r"lacks seeds \[2\]"):
+        evidence.main(["table", str(tmp_path), "--seeds", "3"])
+    assert not list(tmp_path.glob("*.csv")) and capsys.readouterr().out == ""
+
+
+def test_the_table_has_the_sixteen_comparisons_over_seeds_and_pictures(tmp_path):
+    """Gains of 4, 5 and 6 pictures in 40."""
+    for seed in (0, 1, 2):
+        write_seed(tmp_path, seed)
+    assert evidence.main(["table", str(tmp_path), "--seeds", "3"]) == 0
+    found = rows_from_csv(tmp_path / "primary.csv")
+    assert [(r["comparison"], r["size"], r["reader"]) for r in found] == [
+        (cell, (size, size), metric) for cell in evidence.CELLS for size in (32, 128) for metric in ("knn", "probe")
+    ]
+    assert all(r["mean"] == pytest.approx(12.5) and r["seeds"] == 3 for r in found)
+    assert {r["interval"] for r in found} == {"seeds and pictures"}
+
+
+def test_the_number_of_seeds_is_the_fewest_whose_interval_is_two_points_to_either_side():
+    """Against the definition, written out; at least five and at most twelve."""
+    rng = np.random.default_rng(0)
+    for scale in (0.1, 1.5, 2.0, 2.5, 9.0):
+        differences = scale * rng.normal(size=(16, 2))
+        pooled = np.sqrt(np.mean([(a - b) ** 2 / 2 for a, b in differences]))
+        wide = [n for n in range(2, 200) if student.ppf(0.975, n - 1) * pooled / np.sqrt(n) <= 2]
+        assert evidence.number_of_seeds(differences) == (pytest.approx(pooled), min(max(wide[0], 5), 12))
+
+
+def test_only_the_commands_of_the_protocol_name_the_final_half():
+    """No other code or config asks for the pictures that finished models alone may be read on."""
+    allowed = {"benchmarks/evidence.py", "hjepa/data/images.py", "hjepa/data/sources.py"}
+    files = [*ROOT.glob("hjepa/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("configs/**/*.yaml"),
+             *ROOT.glob("notebooks/**/*.ipynb")]  # fmt: skip
+    found = {os.path.relpath(path, ROOT) for path in files if "test-b" in path.read_text()}
+    assert found <= allowed
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/primary/primary.csv")), ids=str)
+def test_the_committed_table_follows_from_the_committed_readings(path):
+    seeds = sorted(int(file.stem.split("-")[1]) for file in path.parent.glob("seed-*.npz"))
+    _, found = evidence.found_in(path.parent, seeds)
+    for row, made in zip(rows_from_csv(path), found, strict=True):
+        assert {key: row[key] for key in ("comparison", "reader", "size", "seeds")} == {
+            key: made[key] for key in ("comparison", "reader", "size", "seeds")
+        }
+        assert [row[k] for k in ("mean", "low", "high", "p", "p_holm")] == pytest.approx(
+            [made[k] for k in ("mean", "low", "high", "p", "p_holm")], rel=1e-4, abs=1e-4
+        )
