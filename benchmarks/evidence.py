@@ -3,7 +3,8 @@
     python -m benchmarks.evidence run --seeds 100 101 --split validation --out results/primary/pilot
     python -m benchmarks.evidence seeds results/primary/pilot            # the number of seeds that follows
     python -m benchmarks.evidence run --seeds 0 1 2 3 4 5 6 --split test-b --out results/primary
-    python -m benchmarks.evidence table results/primary --seeds 7        # primary.csv, accuracy.csv, primary.png
+    python -m benchmarks.evidence run --seeds 0 1 2 --split test-b --out results/primary/control --schemes none
+    python -m benchmarks.evidence table results/primary --seeds 7    # primary.csv, accuracy.csv, summary.md, figure.png
 
 A seed takes about 25 minutes of one core and leaves seed-N.npz: which pictures each model read rightly, as packed bits.
 `run` says nothing of what it read, and `table` refuses to look before all seeds are there. A run that was stopped goes
@@ -15,17 +16,19 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hjepa.build import load_split, plain
 from hjepa.config import Config
 from hjepa.evaluate.baselines import baselines
+from hjepa.evaluate.measures import bootstrap_interval
 from hjepa.evaluate.primary import primary
-from hjepa.evaluate.results import Row, rows_to_csv
+from hjepa.evaluate.results import Row, rows_to_csv, summarise
 from hjepa.evaluate.transfer import resolution_transfer
 from hjepa.experiments.transfer import readers, scheme_configs, train_all
 from hjepa.inputs import UserError, size_pair, size_text
@@ -49,20 +52,20 @@ CELLS = {  # objective and training grids -> overrides
 LEAST, MOST, HALF_WIDTH = 5, 12, 2.0  # seeds, seeds, points to either side
 
 
-def configs_of(cell: str, seed: int) -> dict[str, Config]:
-    """The two configs of a cell, equal but for positions."""
+def configs_of(cell: str, seed: int, schemes: Sequence[str] = SCHEMES) -> dict[str, Config]:
+    """The configs of a cell, equal but for positions."""
     root = os.environ.get("HJEPA_DATA", "data")
-    return scheme_configs(RECIPE, SCHEMES, [*SHAPE, *CELLS[cell], f"train.seed={seed}", f"data.root={root}"])
+    return scheme_configs(RECIPE, schemes, [*SHAPE, *CELLS[cell], f"train.seed={seed}", f"data.root={root}"])
 
 
-def run(seed: int, split: str, out: Path, runs: Path) -> None:
+def run(seed: int, split: str, out: Path, runs: Path, schemes: Sequence[str] = SCHEMES) -> None:
     """Train and read every cell of one seed, then write out/seed-N.npz and drop the run folders."""
-    kept, folder = {}, runs / f"seed-{seed}"
+    kept, folder = {}, runs / f"seed-{seed}-{'-'.join(schemes)}"
     for place, cell in enumerate(CELLS):
-        configs = configs_of(cell, seed)
+        configs = configs_of(cell, seed, schemes)
         done = folder / cell.replace(", ", "-").replace(" ", "-")
         train_all(configs, done, progress=False)
-        config = configs["rope"]
+        config = configs[schemes[0]]
         everybody = readers(configs, done)
         known, asked = load_split(config, "train"), load_split(config, split)
         if place == 0 and seed == 0:  # baselines know nothing of cells and seeds
@@ -106,8 +109,9 @@ def rows_of(folder: Path, seeds: list[int]) -> Iterator[tuple[Row, np.ndarray]]:
                     continue
                 cell, encoder, size, metric = key.split("; ")
                 hit = np.unpackbits(kept[key], count=count).astype(bool)
+                value, low, high = bootstrap_interval(torch.from_numpy(hit))
                 row = {"cell": cell, "seed": seed, "encoder": encoder, "size": size_pair(size), "metric": metric,
-                       "value": float(hit.mean())}  # fmt: skip
+                       "value": value, "low": low, "high": high, "n": count}  # fmt: skip
                 yield row, hit
 
 
@@ -130,16 +134,22 @@ def number_of_seeds(differences: np.ndarray) -> tuple[float, int]:
 
 
 def found_in(folder: Path, seeds: list[int]) -> tuple[list[Row], list[Row]]:
-    """The rows, and the primary comparisons over seeds and pictures together."""
+    """The rows, those of the control too, and the primary comparisons over seeds and pictures together."""
     pairs = list(rows_of(folder, seeds))
+    control = folder / "control"
+    others = [row for row, _ in rows_of(control, seeds_in(control)) if row["encoder"] == "none"]
     hits = {(r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]): hit for r, hit in pairs}
     rows = [row for row, _ in pairs]
     behind = lambda r: hits[r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]]  # noqa: E731
-    return rows, primary(rows, comparisons(), behind)
+    return rows + others, primary(rows, comparisons(), behind)
+
+
+def seeds_in(folder: Path) -> list[int]:
+    return sorted(int(path.stem.split("-")[1]) for path in folder.glob("seed-*.npz"))
 
 
 def pilot(folder: Path) -> tuple[float, int]:
-    seeds = sorted(int(path.stem.split("-")[1]) for path in folder.glob("seed-*.npz"))
+    seeds = seeds_in(folder)
     rows = {(r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]): r["value"] for r, _ in rows_of(folder, seeds)}
     differences = [
         [100 * (rows[c["cell"], s, A, size_pair(c["size"]), c["metric"]]
@@ -157,6 +167,7 @@ def main(words: list[str] | None = None) -> int:
     running.add_argument("--split", choices=("validation", "test", "test-b"), required=True)
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    running.add_argument("--schemes", nargs="+", default=SCHEMES, help="names of hjepa.experiments.transfer.SCHEMES")
     number = commands.add_parser("seeds", help="spread of a pilot and the number of seeds that follows")
     number.add_argument("folder", type=Path)
     table = commands.add_parser("table", help="write primary.csv and accuracy.csv")
@@ -166,14 +177,54 @@ def main(words: list[str] | None = None) -> int:
     if given.command == "run":
         for seed in given.seeds:
             if not (given.out / f"seed-{seed}.npz").exists():
-                run(seed, given.split, given.out, given.runs)
+                run(seed, given.split, given.out, given.runs, given.schemes)
     elif given.command == "seeds":
         print("standard deviation {:.2f} points, pooled; {} seeds".format(*pilot(given.folder)))
     else:
         rows, found = found_in(given.folder, list(range(given.seeds)))
         rows_to_csv(rows, given.folder / "accuracy.csv")
         rows_to_csv(found, given.folder / "primary.csv")
+        (given.folder / "summary.md").write_text(summary(found), encoding="utf-8")
+        figure(rows).savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
     return 0
+
+
+def summary(found: list[Row]) -> str:
+    """The sixteen differences as a Markdown table, with 95 % intervals and Holm-adjusted p-values."""
+    at = {(row["comparison"], size_text(row["size"]), row["reader"]): row for row in found}
+    lines = ["| rotation minus embedding, points | kNN, half | probe, half | kNN, twice | probe, twice |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for cell in CELLS:
+        cells = [at[cell, size, reader] for size in ("32", "128") for reader in METRICS]
+        texts = ["{mean:+.1f} [{low:+.1f}, {high:+.1f}], p {p_holm:.2g}".format(**row) for row in cells]
+        lines.append(" | ".join(["| " + cell, *texts]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: list[Row]) -> Any:
+    """Accuracy over image size, a panel per cell and reader; bands are 95 % intervals over seeds, of baselines over
+    pictures. Baselines are the same in every panel of a reader."""
+    import matplotlib.pyplot as plt
+
+    from hjepa.evaluate.plots import label_lines, transfer_figure
+
+    names = {"knn": "kNN accuracy", "probe": "probe accuracy"}
+    made, axes = plt.subplots(2, len(CELLS), figsize=(13, 6), sharey="row", layout="constrained")
+    simple = [row for row in rows if not is_encoder(row["encoder"])]
+    for line, metric in zip(axes, METRICS, strict=True):
+        for ax, cell in zip(line, CELLS, strict=True):
+            own = [row for row in rows if row["cell"] == cell and is_encoder(row["encoder"])]
+            shown = summarise([{k: v for k, v in row.items() if k != "cell"} for row in own + simple])
+            transfer_figure(shown, metric, 64, ax=ax, labels=False)
+            ax.set_title(cell if metric == METRICS[0] else "")
+            ax.set_ylabel(names[metric] if ax is line[0] else "")
+            ax.set_xlabel("image size (pixels)" if metric == METRICS[-1] else "")
+        label_lines(line[-1])
+    return made
+
+
+def is_encoder(name: str) -> bool:
+    return name not in ("raw pixels", "colour histogram", "HOG")
 
 
 if __name__ == "__main__":

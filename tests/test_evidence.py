@@ -67,13 +67,20 @@ def test_the_table_has_the_sixteen_comparisons_over_seeds_and_pictures(tmp_path)
     """Gains of 4, 5 and 6 pictures in 40."""
     for seed in (0, 1, 2):
         write_seed(tmp_path, seed)
+    without = {
+        key.replace(evidence.A, "none"): hit
+        for key, hit in write_seed(tmp_path, 0).items() if evidence.A in key
+    }  # fmt: skip
+    evidence.save(without, tmp_path / "control" / "seed-0.npz")
     assert evidence.main(["table", str(tmp_path), "--seeds", "3"]) == 0
-    found = rows_from_csv(tmp_path / "primary.csv")
+    found, rows = (rows_from_csv(tmp_path / name) for name in ("primary.csv", "accuracy.csv"))
+    assert {row["encoder"] for row in rows} == {evidence.A, evidence.B, "random init", "none"}
     assert [(r["comparison"], r["size"], r["reader"]) for r in found] == [
         (cell, (size, size), metric) for cell in evidence.CELLS for size in (32, 128) for metric in ("knn", "probe")
     ]
     assert all(r["mean"] == pytest.approx(12.5) and r["seeds"] == 3 for r in found)
     assert {r["interval"] for r in found} == {"seeds and pictures"}
+    assert "| labels, one grid | +12.5 [" in (tmp_path / "summary.md").read_text()
 
 
 def test_the_number_of_seeds_is_the_fewest_whose_interval_is_two_points_to_either_side():

@@ -81,8 +81,10 @@ def picture(image: Tensor, mean: Sequence[float] = (0, 0, 0), std: Sequence[floa
 # ---- curves
 
 
-def transfer_figure(rows: Sequence[Row], metric: str, train_size: Any, *, ax: Axes | None = None) -> Axes:
-    """One line per encoder over image size, its interval shaded, the training size marked.
+def transfer_figure(
+    rows: Sequence[Row], metric: str, train_size: Any, *, ax: Axes | None = None, labels: bool = True
+) -> Axes:
+    """One line per encoder over image size, its interval shaded, the training size marked, lines labelled at the right.
 
     rows as `resolution_transfer` or `summarise` of `hjepa.evaluate` give them, one per encoder and size.
     Random init and raw pixels are grey and dashed. A non-square size stands at the square root of its area.
@@ -113,7 +115,8 @@ def transfer_figure(rows: Sequence[Row], metric: str, train_size: Any, *, ax: Ax
     ax.set_xticks(sorted(ticks), [ticks[x] for x in sorted(ticks)])
     ax.minorticks_off()
     ax.set(xlabel="image size (pixels, log scale)", ylabel=METRICS.get(metric, metric))
-    label_lines(ax)
+    if labels:
+        label_lines(ax)
     return ax
 
 
