@@ -4,16 +4,13 @@ Layers take plain keyword arguments; here is the one place that knows which conf
 Not covered: reading and checking configs (`hjepa.config`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from omegaconf import OmegaConf
 
 from .config import Config, patch_side
-from .data.images import RGB, ImageData, load_data
+from .data.images import RGB, ImageData, load_data, seeded
 from .data.views import Crops, draw_crops
 from .inputs import users_own
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
@@ -28,14 +25,6 @@ VIT_KEYS = ("patch_size", "embed_dim", "depth", "num_heads", "class_token", "act
 def plain(section: Any) -> dict[str, Any]:
     """A config or a section of it as plain dicts and lists."""
     return OmegaConf.to_container(section)  # type: ignore[return-value]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's CPU random numbers start from `seed` inside, and go on as before outside."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def encoder_arguments(config: Config) -> dict[str, Any]:

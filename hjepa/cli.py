@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .files import user_path
+from .files import user_path, write_whole
 from .inputs import UserError, check_choice, nearest, size_pair
 
 MISTAKES = (UserError, OSError)
@@ -324,7 +324,7 @@ def _show_sweep(out: Path) -> None:
     if not any(row.get("metric") == "cka" and "seed" in row for row in rows):
         return
     text = sweep_summary(rows)
-    (out / "summary.md").write_text(text, encoding="utf-8")
+    write_whole(out / "summary.md", text)
     sweep_figure(rows).savefig(out / "figure.png", dpi=110, metadata={"Software": None})
     print(text)
 

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .build import build_encoders, encoder_arguments, seeded
+from .build import build_encoders, encoder_arguments
 from .config import Config, load_config
+from .data.images import seeded
 from .files import user_path
 from .inputs import UserError
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder

@@ -39,7 +39,7 @@ Size = int | Sequence[int]
 RGB = tuple[float, float, float]
 
 
-class Pictures(Protocol):
+class Pixels(Protocol):
     """The pixels of one split: arrays, files or drawings."""
 
     def source(self, index: int) -> Tensor: ...  # uint8 [3, h, w]
@@ -58,7 +58,7 @@ class ImageData:
     ids: list[str]
     mean: RGB
     std: RGB
-    pictures: Pictures = field(repr=False)
+    pictures: Pixels = field(repr=False)
     skipped: list[str] = field(default_factory=list, repr=False)  # image files that could not be read
 
     def __len__(self) -> int:
@@ -153,19 +153,18 @@ class TrainView(Dataset):
 
     def __getitem__(self, key: Sequence[int]) -> Tensor:
         index, sample_seed, *side = key
-        with _seeded(sample_seed):
+        # Torch uses the lower 32 bits of a seed only; the product lets all 64 reach the upper half, which we take.
+        with seeded(sample_seed * 0x9E3779B97F4A7C15 % 2**64 >> 32):
             image = self.augment(*side or (self.image_size,))(self.data.source(index))
         return normalised(image, self.data.mean, self.data.std)
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Torch's CPU random numbers start from `seed` (any integer) inside, and go on as before outside."""
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU random numbers start from the lower 32 bits of `seed` inside, and go on as before outside."""
     generator = torch.default_generator  # torch.manual_seed would also reset every GPU
     before = generator.get_state()
-    # Torch uses the lower 32 bits of a seed only; the product lets all 64 reach the upper half, which we take.
-    mixed = seed * 0x9E3779B97F4A7C15 % 2**64 >> 32
-    generator.manual_seed(mixed)
+    generator.manual_seed(seed)
     try:
         yield
     finally:

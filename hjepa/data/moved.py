@@ -46,7 +46,7 @@ class MovedPictures:
     """Pictures on canvases: index r * N + i is picture i of N in its place of repeat r.
 
     Args:
-        pictures: N pictures with `resized(indices, height, width)`, as `hjepa.data.images.Pictures`.
+        pictures: N pictures with `resized(indices, height, width)`, as `hjepa.data.images.Pixels`.
         ids: of the N pictures.
         repeats: placements of each picture.
         background: colour of the canvas, 0 to 255 for red, green and blue.

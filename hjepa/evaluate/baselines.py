@@ -10,7 +10,7 @@ Not covered: random init and encoders without positions, which are encoders (`hj
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,23 +18,18 @@ from torch import Tensor
 
 from ..inputs import size_pair
 from .readers import leave_one_out_knn
-from .transfer import EncoderLike, Size, raw_pixels, resized, subset
+from .transfer import EncoderLike, Pictures, Size, raw_pixels, resized, subset
 
 RGB = tuple[float, float, float]
 SIDES = (4, 8, 16, 32, 64)  # of thumbnails, pixels
 BINS, ORIENTATIONS, CELL = 6, 9, 8  # colour bins a channel; HOG's angles, and the side of its cells in pixels
 
 
-class TrainPictures(Protocol):
+class TrainPictures(Pictures, Protocol):
     """The part of `hjepa.data.ImageData` that baselines need."""
 
-    labels: Tensor  # [N] int64
     mean: RGB
     std: RGB
-
-    def __len__(self) -> int: ...
-
-    def at_size(self, size: Size, indices: Any = None) -> Tensor: ...
 
 
 def baselines(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_whole
 from ..inputs import size_pair, size_text
 
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ def rows_to_csv(rows: Sequence[Row], path: str | Path) -> None:
     names = dict.fromkeys(key for row in rows for key in row)
     columns = [name for name in names if name not in MEASURED] + [name for name in MEASURED if name in names]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(_csv_text(rows, columns), encoding="utf-8", newline="")
+    write_whole(path, _csv_text(rows, columns))
 
 
 def _csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:

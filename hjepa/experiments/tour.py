@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..evaluate.results import format_table, rows_from_csv
-from ..files import fresh_folder, user_path
+from ..files import fresh_folder, user_path, write_whole
 from ..inputs import UserError, nearest
 from ..train.log import read_log
 from .notebooks import check_parameters, execute, find_parameters
@@ -97,7 +97,7 @@ def write_html(executed: Path) -> Path:
 
     body, _ = HTMLExporter().from_filename(str(executed))
     html = executed.with_suffix(".html")
-    html.write_text(body, encoding="utf-8")
+    write_whole(html, body)
     return html
 
 
