@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hjepa.build import load_split, plain
+from hjepa.build import load_split
 from hjepa.config import Config
 from hjepa.evaluate.baselines import baselines
 from hjepa.evaluate.measures import bootstrap_interval
+from hjepa.evaluate.plots import cells_figure
 from hjepa.evaluate.primary import primary
-from hjepa.evaluate.results import Row, rows_to_csv, summarise
+from hjepa.evaluate.results import Row, rows_to_csv
 from hjepa.evaluate.transfer import resolution_transfer
 from hjepa.experiments.transfer import readers, scheme_configs, train_all
 from hjepa.inputs import UserError, size_pair, size_text
@@ -38,9 +39,10 @@ SCHEMES = ("rope", "absolute")
 A, B = "rope, interpolated", "absolute, resampled"
 SIZES, METRICS = (32, 64, 128), ("knn", "probe")  # pixels; half, the training size and twice
 SHAPE = (
-    "model.embed_dim=128", "model.depth=5", "model.num_heads=4", "evaluate.gallery=4000", "evaluate.queries=2000",
-    "train.eval_every=1000", "train.checkpoint_every=60",
+    "model.embed_dim=128", "model.depth=5", "model.num_heads=4", "train.eval_every=1000", "train.checkpoint_every=60",
+    "evaluate.gallery=400", "evaluate.queries=200",  # of the measures that training logs
 )  # fmt: skip
+GALLERY = 4000  # training pictures that the readers are fitted on
 VIEWS = ("objective=views", "train.steps=120", "train.warmup=12")
 LABELS = ("objective=labels", "train.steps=240", "train.warmup=24", "views.large=1", "views.small=0", "views.keep=1.0")
 CELLS = {  # objective and training grids -> overrides
@@ -68,11 +70,15 @@ def run(seed: int, split: str, out: Path, runs: Path, schemes: Sequence[str] = S
         config = configs[schemes[0]]
         everybody = readers(configs, done)
         known, asked = load_split(config, "train"), load_split(config, split)
-        if place == 0 and seed == 0:  # baselines know nothing of cells and seeds
+        if place > 0:  # the random start is the same in every cell
+            del everybody["random init"]
+        elif seed == 0:  # baselines know nothing of cells and seeds
             everybody |= baselines(known, config.data.image_size)
-        options: Any = plain(config.evaluate) | {"sizes": SIZES, "train_size": config.data.image_size}
         hits: dict[Any, Any] = {}
-        resolution_transfer(everybody, known, asked, refit=False, hits=hits, **options)
+        resolution_transfer(
+            everybody, known, asked, train_size=config.data.image_size, sizes=SIZES, gallery=GALLERY,
+            knn_k=config.evaluate.knn_k, pool=config.evaluate.pool, refit=False, hits=hits,
+        )  # fmt: skip
         kept |= {
             key_of(cell, encoder, size, metric): each.numpy()
             for (encoder, size, metric), each in hits.items() if metric in METRICS
@@ -185,7 +191,7 @@ def main(words: list[str] | None = None) -> int:
         rows_to_csv(rows, given.folder / "accuracy.csv")
         rows_to_csv(found, given.folder / "primary.csv")
         (given.folder / "summary.md").write_text(summary(found), encoding="utf-8")
-        figure(rows).savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
+        cells_figure(rows, 64).savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
     return 0
 
 
@@ -199,32 +205,6 @@ def summary(found: list[Row]) -> str:
         texts = ["{mean:+.1f} [{low:+.1f}, {high:+.1f}], p {p_holm:.2g}".format(**row) for row in cells]
         lines.append(" | ".join(["| " + cell, *texts]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def figure(rows: list[Row]) -> Any:
-    """Accuracy over image size, a panel per cell and reader; bands are 95 % intervals over seeds, of baselines over
-    pictures. Baselines are the same in every panel of a reader."""
-    import matplotlib.pyplot as plt
-
-    from hjepa.evaluate.plots import label_lines, transfer_figure
-
-    names = {"knn": "kNN accuracy", "probe": "probe accuracy"}
-    made, axes = plt.subplots(2, len(CELLS), figsize=(13, 6), sharey="row", layout="constrained")
-    simple = [row for row in rows if not is_encoder(row["encoder"])]
-    for line, metric in zip(axes, METRICS, strict=True):
-        for ax, cell in zip(line, CELLS, strict=True):
-            own = [row for row in rows if row["cell"] == cell and is_encoder(row["encoder"])]
-            shown = summarise([{k: v for k, v in row.items() if k != "cell"} for row in own + simple])
-            transfer_figure(shown, metric, 64, ax=ax, labels=False)
-            ax.set_title(cell if metric == METRICS[0] else "")
-            ax.set_ylabel(names[metric] if ax is line[0] else "")
-            ax.set_xlabel("image size (pixels)" if metric == METRICS[-1] else "")
-        label_lines(line[-1])
-    return made
-
-
-def is_encoder(name: str) -> bool:
-    return name not in ("raw pixels", "colour histogram", "HOG")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from scipy.stats import t as student
 
 from benchmarks import evidence
 from hjepa.config import flat_config
+from hjepa.evaluate.plots import cells_figure
 from hjepa.evaluate.results import rows_from_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,8 @@ def write_seed(folder: Path, seed: int, gain: int = 4) -> dict[str, np.ndarray]:
     """Readings of one seed, made up: of 40 pictures rotation gets 10 + gain + seed right, the embedding 10."""
     hits = {}
     for cell in evidence.CELLS:
-        for encoder, right in ((evidence.A, 10 + gain + seed), (evidence.B, 10), ("random init", 3)):
+        simple = (("random init", 3), ("HOG", 7)) if cell == "views, one grid" else ()
+        for encoder, right in ((evidence.A, 10 + gain + seed), (evidence.B, 10), *simple):
             for size in (32, 64, 128):
                 for metric in evidence.METRICS:
                     hits[evidence.key_of(cell, encoder, (size, size), metric)] = np.arange(PICTURES) < right
@@ -74,7 +76,13 @@ def test_the_table_has_the_sixteen_comparisons_over_seeds_and_pictures(tmp_path)
     evidence.save(without, tmp_path / "control" / "seed-0.npz")
     assert evidence.main(["table", str(tmp_path), "--seeds", "3"]) == 0
     found, rows = (rows_from_csv(tmp_path / name) for name in ("primary.csv", "accuracy.csv"))
-    assert {row["encoder"] for row in rows} == {evidence.A, evidence.B, "random init", "none"}
+    assert {row["encoder"] for row in rows} == {evidence.A, evidence.B, "random init", "HOG", "none"}
+    panels = cells_figure(rows, 64).axes
+    assert [panel.get_title() for panel in panels[:4]] == list(evidence.CELLS) and len(panels) == 8
+    for panel in panels:  # baselines in every panel
+        drawn = {line.get_label(): list(line.get_ydata()) for line in panel.lines if line.get_label()[0] != "_"}
+        for name, value in {evidence.B: 0.25, "HOG": 0.175, "none": 0.35}.items():
+            assert drawn[name] == pytest.approx([value] * 3)
     assert [(r["comparison"], r["size"], r["reader"]) for r in found] == [
         (cell, (size, size), metric) for cell in evidence.CELLS for size in (32, 128) for metric in ("knn", "probe")
     ]

@@ -139,6 +139,28 @@ def sweep_figure(rows: Sequence[Row], metric: str = "probe", *, columns: int = 2
     return figure
 
 
+def cells_figure(rows: Sequence[Row], train_size: Any, metrics: Sequence[str] = ("knn", "probe")) -> Figure:
+    """Small multiples: a column per `cell` of the rows, a row per metric, means with 95 % t intervals over seeds.
+
+    Random init and the simple baselines, which know nothing of cells, are those of the first cell in every column; what
+    has a single seed keeps its interval over pictures.
+    """
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    made, axes = plt.subplots(len(metrics), len(cells), figsize=(3.25 * len(cells), 3 * len(metrics)), sharey="row",
+                              squeeze=False, layout="constrained")  # fmt: skip
+    for line, metric in zip(axes, metrics, strict=True):
+        for ax, cell in zip(line, cells, strict=True):
+            own = [row for row in rows if row["cell"] == (cells[0] if _key(row["encoder"]) in BASELINES else cell)]
+            shown = summarise([{key: value for key, value in row.items() if key != "cell"} for row in own])
+            transfer_figure(shown, metric, train_size, ax=ax, labels=ax is line[-1])
+            ax.set_ylabel(METRICS.get(metric, metric).split("\n")[0] if ax is line[0] else "")
+    for ax, cell in zip(axes[0], cells, strict=True):
+        ax.set(title=cell)
+    for ax in axes[:-1].flat:
+        ax.set_xlabel("")
+    return made
+
+
 def training_curves(
     logs: Mapping[str, Sequence[Row]],
     field: str = "loss",
