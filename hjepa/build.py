@@ -86,7 +86,7 @@ def build_model(config: Config, classes: int | None = None) -> HJEPA:
             regularizer_weight=loss.regularizer_weight,
             projector=projector,
             views=loss.view_loss,
-            **{k: getattr(loss, k) for k in ("views_weight", "masks_weight", "temperature", "spread_weight")},
+            **{k: getattr(loss, k) for k in ("masks_weight", "temperature", "spread_weight")},
             teacher=loss.teacher,
             classes=classes,
         )

@@ -148,8 +148,7 @@ class LossConfig:
     view_loss: str = key("contrastive", choices=VIEW_LOSSES)  # how views are held together and pictures apart
     temperature: float = key(0.1, above=0)  # of contrastive
     spread_weight: float = key(0.02, at_least=0, at_most=1)  # of the regularizer in the other two
-    views_weight: float = key(1.0, at_least=0)  # of the views under the objective both
-    masks_weight: float = key(1.0, at_least=0)  # of the masked cells under the objective both
+    masks_weight: float = key(1.0, at_least=0)  # of the masked cells under the objective both; that of the views is 1
     teacher: bool = False  # views are compared with the target encoder's embeddings of the large ones
 
 
@@ -293,7 +292,14 @@ def _is_name(key: str) -> bool:
     return re.fullmatch(r"\w+(\.\w+)*", key) is not None
 
 
+RETIRED = {"loss.views_weight": 1.0}  # keys that older run folders hold, and the one value that is still done
+
+
 def _set(config: Config, key: str, value: Any, where: str) -> None:
+    if key in RETIRED:
+        if value == RETIRED[key]:
+            return
+        raise UserError(f"{where}: {key}={value!r} is no longer a key; what is done is {key}={RETIRED[key]}")
     if key not in KEYS:
         inside = next((k for k in KEYS if k.startswith(f"{key}.")), "")
         hint = f"nearest: {nearest(key, KEYS) or 'none'}"

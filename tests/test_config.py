@@ -179,6 +179,12 @@ def test_wrong_overrides_get_one_line_with_the_right_thing(override, reason):
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_retired_key_of_an_older_run_is_read_unless_it_asks_for_something_else(tmp_path):
+    assert load_config(write(tmp_path, "loss: {views_weight: 1.0}")) == load_config()
+    with pytest.raises(ValueError, match=r"loss.views_weight=0.5 is no longer a key; what is done is .*=1.0"):
+        load_config(write(tmp_path, "loss: {views_weight: 0.5}"))
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

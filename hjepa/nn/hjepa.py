@@ -83,7 +83,7 @@ class HJEPA(nn.Module):
         regularizer_weight: its weight in the loss.
         projector: for views: `build_projector(D, ..)`.
         views: "contrastive", "sketched_gaussian" or "variance" (`losses.view_loss`).
-        views_weight, masks_weight: of the two parts of "both".
+        masks_weight: of the masked cells beside the views in "both".
         temperature, spread_weight: of the view loss.
         teacher: the target encoder's embeddings of the large views are what views are compared with.
         classes: for labels: number of classes.
@@ -105,7 +105,6 @@ class HJEPA(nn.Module):
         regularizer_weight: float = 0.0,
         projector: nn.Module | None = None,
         views: str = "contrastive",
-        views_weight: float = 1.0,
         masks_weight: float = 1.0,
         temperature: float = 0.1,
         spread_weight: float = 0.02,
@@ -130,7 +129,7 @@ class HJEPA(nn.Module):
         self.distance = F.smooth_l1_loss if distance == "smooth_l1" else F.mse_loss
         self.regularizer, self.regularizer_weight = regularizer, regularizer_weight
         self.projector, self.views, self.temperature, self.spread_weight = projector, views, temperature, spread_weight
-        self.views_weight, self.masks_weight = views_weight, masks_weight
+        self.masks_weight = masks_weight
         self.target_projector = copy.deepcopy(projector).requires_grad_(False) if projector and teacher else None
         self.classifier = nn.Linear(context_encoder.embed_dim, classes) if objective == "labels" and classes else None
 
@@ -289,7 +288,7 @@ class HJEPA(nn.Module):
             weight = self.masks_weight if views is not None else 1.0
             total = total + weight * (losses * losses.new_tensor(self.level_weights)).sum()
         if views is not None:
-            total = total + (self.views_weight if levels else 1.0) * views[0]
+            total = total + views[0]
         regularizer = zero
         if self.regularizer != "none":
             regularizer = self._regularize(features)

@@ -79,6 +79,25 @@ def test_both_learns_masked_cells_on_two_levels_and_the_top(tiny, tmp_path):
     assert all(p.grad is None for part in (model.target_encoder, model.target_projector) for p in part.parameters())
 
 
+def test_both_adds_the_weighted_masked_cells_to_the_views(tiny):
+    config = tiny(*VIEWS, "objective=both", "loss.masks_weight=0.3", "model.level_weights=[1.0,0.5]")
+    _, (arguments,) = feed_of(config)
+    out = build_model(config)(**arguments)
+    level_0, level_1 = out.level_losses
+    torch.testing.assert_close(out.loss, out.view_loss + 0.3 * (level_0 + 0.5 * level_1))
+
+
+def test_the_spread_weight_shifts_the_view_loss_from_distance_to_spread(tiny):
+    """At a quarter it is three parts of what it is at 0, and one of what it is at 1."""
+    losses = {}
+    for weight in (0.0, 0.25, 1.0):
+        config = tiny(*VIEWS, "objective=views", "loss.view_loss=variance", f"loss.spread_weight={weight}")
+        _, (arguments,) = feed_of(config)
+        losses[weight] = build_model(config)(**arguments).view_loss
+    assert losses[0.0] != losses[1.0]
+    torch.testing.assert_close(losses[0.25], 0.75 * losses[0.0] + 0.25 * losses[1.0])
+
+
 def test_the_target_projector_follows_the_projector(tiny):
     model = build_model(tiny(*VIEWS, "objective=both", "loss.teacher=true", "train.ema_start=0.75"))
     before = model.target_projector[0].weight.clone()
