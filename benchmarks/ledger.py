@@ -1,13 +1,14 @@
 """The claims ledger `results/claims.json`: one row per claim, each number checked or read, none typed twice.
 
 A row has the claim, what was measured, `values` (the numbers), `number` (a sentence with the values' names in braces),
-a verdict and the command that measures it again. There are two kinds:
+a verdict, a note that explains it, and the command that measures it again. There are two kinds:
 
-    structural   values stand in the file, and tests and notebook 10 measure them afresh: `check`. A name that ends in
-                 "_below" is a bound, any other the value itself.
+    structural   values stand in the file, and tests measure them afresh: `check`. A name that ends in "_below" is a
+                 bound, any other the value itself.
     sourced      values and verdict are made here from committed results (timings, transfer tables): `refresh`.
 
-    python -m benchmarks.ledger      rebuild the sourced rows; a test holds the file to what this would write
+    python -m benchmarks.ledger      rebuild the sourced rows, and the page docs/claims.md from all rows; tests hold
+                                     both files to what this would write
 
 Not covered: making those results (`make bench`, `make tour`, `hjepa sweep`).
 """
@@ -23,8 +24,8 @@ from hjepa.evaluate.results import Row, paired, rows_from_csv, size_text, summar
 
 Claim = dict[str, Any]
 VERDICTS = ("holds", "holds when", "does not hold", "not settled yet")
-LEDGER = "results/claims.json"
-STALE = "results/claims.json is older than the results it quotes: run python -m benchmarks.ledger, then notebook 10"
+LEDGER, PAGE = "results/claims.json", "docs/claims.md"
+STALE = "results/claims.json or docs/claims.md is older than what it quotes: run python -m benchmarks.ledger"
 TRAIN_SIZES = {"openmoji": 64, "fashion_mnist": 16}
 TABLES = ("results/sweeps/baseline/table.csv", "results/tour-*/table.csv")
 ROPE, TABLE = "rope, interpolated", "absolute, resampled"  # the readings compared, fixed before looking
@@ -169,10 +170,48 @@ SOURCED = {
 }
 
 
+HEAD = """# The ledger of claims
+
+This package answers a text, the *RoPE Implementation Report* for an H-JEPA: a description of rotary positions in a
+hierarchical JEPA, with claims about what they cost and bring. "The report" on these pages is that text. Every claim of
+it that is implemented here has a row below. {counts}
+
+The page is written by `python -m benchmarks.ledger` from `results/claims.json`. Structural claims are measured afresh
+by `tests/test_claims.py` at every run, one test for each; a number given as "below" is a bound for a rounding error,
+any other must agree to a hundredth. The last claim and those on time are read from committed results. A sentence that
+holds is a property of this program: another program with the same idea may fail it.
+"""
+
+
+def page(rows: Mapping[str, Claim]) -> str:
+    """The ledger as a page of the site: verdicts in a table, then a section for each claim."""
+    kinds = {kind: sum(_kind(row) == kind for row in rows.values()) for kind in VERDICTS}
+    counts = f"Of {len(rows)} claims " + "; ".join(f"{count} {SAID[kind]}" for kind, count in kinds.items() if count)
+    lines = [HEAD.format(counts=counts + "."), "| claim | verdict |", "|---|---|"]
+    lines += [f"| {row['claim']} | {row['verdict']} |" for row in rows.values()]
+    for row in rows.values():
+        found = number(row).split("; ") if row["id"] in SOURCED else [number(row)]  # a line for each model or data set
+        verdict = row["verdict"][0].upper() + row["verdict"][1:]
+        lines += ["", f"## {row['claim']}", "", f"**{verdict}.** {row['note']}", "", f"- Measured: {row['measured']}"]
+        lines += [*(f"- Found: {part}" for part in found), f"- Again with `{row['command']}`"]
+    return "\n".join(lines) + "\n"
+
+
+SAID = {
+    "holds": "hold", "holds when": "hold on a condition", "does not hold": "do not hold",
+    "not settled yet": "not settled",
+}  # fmt: skip
+
+
+def _kind(row: Claim) -> str:
+    return max((kind for kind in VERDICTS if row["verdict"].startswith(kind)), key=len)
+
+
 def refresh(root: Path) -> None:
-    """Rewrite the sourced rows of the ledger from the committed results."""
+    """Rewrite the sourced rows of the ledger from the committed results, and the page from the ledger."""
     rows = [SOURCED[name](row, root) if name in SOURCED else row for name, row in read(root).items()]
     (root / LEDGER).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (root / PAGE).write_text(page(read(root)), encoding="utf-8")
 
 
 if __name__ == "__main__":

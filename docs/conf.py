@@ -1,5 +1,6 @@
 """Sphinx configuration: the guide, the executed notebooks as they are committed, and the API from docstrings."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,10 @@ for source, target in ((HERE.parent / "notebooks", HERE / "notebooks"), (HERE.pa
     shutil.rmtree(target, ignore_errors=True)
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+
+for notebook in (HERE / "notebooks").rglob("*.ipynb"):  # pages of docs/ are one folder nearer on the site
+    text = notebook.read_text(encoding="utf-8")
+    notebook.write_text(re.sub(r"\]\(((?:\.\./)+)docs/(\w+\.md)", r"](\1\2", text), encoding="utf-8")
 
 EXTRA = HERE / "_extra"  # the explorable page under its path in the repository, so that one link serves both
 shutil.rmtree(EXTRA, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The report's claims about RoPE in an H-JEPA, one test each, named after the claim in `results/claims.json`.
 
 A test measures its claim afresh and holds the ledger's numbers to it; where the ledger quotes a committed result, the
-row is rebuilt from that file. Notebook 10 measures the same claims in the open.
+row is rebuilt from that file. `docs/claims.md` is the ledger as a page.
 """
 
 from pathlib import Path
@@ -196,6 +196,21 @@ def test_gradient_flow() -> None:
                 p.sub_(sign * step * direction)
         worst = max(worst, abs((losses[0] - losses[1]) / (2 * step) / length - 1))
     check("gradient_flow", starved=len(starved), in_target=len(stray), error_below=worst)
+
+
+def test_a_keys_bias_has_a_gradient_only_where_positions_rotate() -> None:
+    """Without rotation it adds the same to all scores of a query, and softmax does not see it."""
+    lengths = {}
+    for use_rope in (False, True):
+        torch.manual_seed(0)
+        how = dict(use_rope=use_rope, rope_theta=100.0, use_absolute=not use_rope, vit=SMALL)
+        context, target = create_encoder("vit_tiny_patch16_224", 64, **how)  # type: ignore[arg-type]
+        model = HJEPA(context, target, Predictor(48, 48, 2, 4, levels=3, grid_size=(8, 8))).double()
+        masks = sample_masks(4, (8, 8), levels=3, generator=torch.Generator().manual_seed(0))
+        model(torch.randn(4, 3, 64, 64, dtype=torch.float64), masks).loss.backward()
+        query, key, _ = context.vit.blocks[0].attn.qkv.bias.grad.chunk(3)  # type: ignore[union-attr]
+        lengths[use_rope] = float(key.norm() / query.norm())
+    assert lengths[False] < 1e-9 and lengths[True] > 1e-3
 
 
 # positions

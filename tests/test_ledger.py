@@ -14,9 +14,20 @@ from hjepa.evaluate.results import rows_to_csv
 def test_every_claim_has_a_test_of_its_name_and_every_row_is_whole() -> None:
     for name, row in LEDGER.items():
         assert hasattr(test_claims, f"test_{name}"), f"no test for the claim {name}"
-        assert set(row) == {"id", "claim", "measured", "values", "number", "verdict", "command"}
+        assert set(row) == {"id", "claim", "measured", "values", "number", "verdict", "note", "command"}
         assert any(row["verdict"].startswith(word) for word in ledger.VERDICTS)
         assert ledger.number(row) and "{" not in ledger.number(row)
+
+
+def test_the_page_is_what_the_ledger_says() -> None:
+    page = (test_claims.ROOT / ledger.PAGE).read_text(encoding="utf-8")
+    assert page == ledger.page(LEDGER), ledger.STALE
+    for row in LEDGER.values():
+        assert f"| {row['claim']} | {row['verdict']} |" in page and page.count(f"## {row['claim']}\n") == 1
+        assert row["note"] in page and row["command"] in page
+        assert all(part in page for part in ledger.number(row).split("; "))
+    changed = LEDGER | {"axial": LEDGER["axial"] | {"verdict": "holds"}}
+    assert ledger.page(changed) != page
 
 
 def test_a_wrong_number_does_not_pass() -> None:
