@@ -127,6 +127,7 @@ MUTANTS = [
     Mutant("dry run: forward alone", "train/estimate", "            loss = model(**arguments).loss\n", "            loss = model(**arguments).loss.detach().requires_grad_()\n", "estimate"),
     Mutant("dry run: the ring sends all of it", "train/estimate", "2 * (processes - 1) / processes * gradients", "2 * (processes > 1) * gradients", "estimate"),
     # one's own pictures
+    Mutant("a retired key read whatever it says", "config", "if value == RETIRED[key]:", "if True:", "config"),
     Mutant("neighbours of features not centred", "evaluate/collection", "features.double() - features.double().mean(0)", "features.double()", "collection"),
     Mutant("a picture is its own neighbour", "evaluate/collection", ".fill_diagonal_(-2)", "", "collection"),
 ]  # fmt: skip
