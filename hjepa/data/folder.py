@@ -90,12 +90,15 @@ def find_images(path: str | Path, split: str) -> tuple[list[Path], list[int], li
 
     path/CLASS/**/FILE, or path/train/CLASS/... beside path/test/CLASS/... (without test: validation), the splits by
     any usual name and case. In the first form `is_test` splits the pictures by their paths below the folder.
-    Pictures without class folders are of one class, UNLABELLED. FileNotFoundError if path is missing, ValueError if
-    there is nothing to learn from or folders of splits lie where classes should; both say what was expected.
+    Pictures without class folders are of one class, UNLABELLED; those beside folders are left out with a warning.
+    FileNotFoundError if path is missing, ValueError if there is nothing to learn from or folders of splits lie where
+    classes should; both say what was expected.
     """
     folder = existing_folder(user_path(path))
     splits = _split_folders(folder)
     train, test = splits.get("train"), splits.get("test") or splits.get("validation")
+    if train is not None:
+        _warn_of_loose(folder, "folders of splits")
     if train is not None and test is not None:
         files, labels, classes = _labelled(train)
         if split == "test":
@@ -209,7 +212,14 @@ def _labelled(folder: Path) -> tuple[list[Path], list[int], list[str]]:
             raise UserError(f"class folder {class_folder} holds no images; fill it or remove it")
         files += found
         labels += [label] * len(found)
+    _warn_of_loose(folder, "class folders")
     return files, labels, [item.name for item in classes]
+
+
+def _warn_of_loose(folder: Path, beside: str) -> None:
+    if loose := picture_files(folder, "*"):
+        what = f"{len(loose)} images beside the {beside} of {folder} are left out, {loose[0].name} first"
+        warnings.warn(f"{what}; move them into one of the folders to use them", stacklevel=2)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -223,8 +233,8 @@ def _opened() -> set[str]:
     return {ending for ending, kind in known.items() if kind in Image.OPEN and kind not in NO_PICTURES}
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """Picture files below a folder, those too that Pillow does not open, so that none is left out without a word."""
+def picture_files(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """Picture files below a folder ("*": in it), those too that Pillow does not open: none is left out silently."""
     known = _opened() | UNOPENED
-    found = (item for item in folder.rglob("*") if item.suffix.lower() in known)
+    found = (item for item in folder.glob(pattern) if item.suffix.lower() in known)
     return sorted(item for item in found if item.is_file() and not item.name.startswith("."))

@@ -314,6 +314,25 @@ def test_pictures_without_class_folders_are_of_one_class(tmp_path):
     assert len(test) == 3 and not test.labels.any()
 
 
+@pytest.mark.parametrize("beside", ["", "train"])
+def test_pictures_that_lie_loose_beside_class_folders_are_counted_and_named(tmp_path, beside):
+    for name in {beside, "test" if beside else ""}:
+        grid(tmp_path / name)
+    Image.fromarray(COLOURS).save(tmp_path / beside / "loose.png")
+    Image.fromarray(COLOURS).save(tmp_path / beside / "second.png")
+    with pytest.warns(UserWarning, match=r"2 images beside the class folders .* left out, loose\.png first") as caught:
+        load_data("imagefolder", path=tmp_path)
+    assert len(caught) == 1
+
+
+def test_pictures_that_lie_loose_beside_folders_of_splits_are_counted_and_named(tmp_path):
+    for name in ("train", "test"):
+        grid(tmp_path / name)
+    Image.fromarray(COLOURS).save(tmp_path / "loose.png")
+    with pytest.warns(UserWarning, match=r"1 images beside the folders of splits of .* left out, loose\.png first"):
+        load_data("imagefolder", path=tmp_path)
+
+
 def test_home_folder_is_expanded(tmp_path, monkeypatch):
     grid(tmp_path / "photos")
     monkeypatch.setenv("HOME", str(tmp_path))
