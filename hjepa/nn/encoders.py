@@ -254,7 +254,20 @@ class TargetEncoder(_Encoder):
         return self.ema_start + (self.ema_end - self.ema_start) * min(max(step / self.ema_steps, 0.0), 1.0)
 
     def copy_from_context_encoder(self, context_encoder: nn.Module) -> None:
-        """Take the context encoder's weights as they are. Raises RuntimeError where it is built differently."""
+        """Take the context encoder's weights as they are.
+
+        Raises:
+            RuntimeError: it is built differently.
+            ValueError: it takes the same weights and gives other features, by its rotation or its absolute table.
+        """
+        if isinstance(context_encoder, _Encoder):
+            theirs, mine = _position_settings(context_encoder), _position_settings(self)
+            for name in theirs:
+                if name in mine and theirs[name] != mine[name]:
+                    raise ValueError(
+                        f"context encoder has {name}={theirs[name]!r} and this encoder {name}={mine[name]!r}: the same "
+                        "weights would give other features; build both alike"
+                    )
         self.load_state_dict(context_encoder.state_dict())
 
     @torch.no_grad()
@@ -280,6 +293,18 @@ class TargetEncoder(_Encoder):
         for name in mine.keys() - set(floats):
             mine[name].copy_(theirs[name])
         return momentum
+
+
+def _position_settings(encoder: _Encoder) -> dict[str, Any]:
+    """What decides on positions and is in no state dict."""
+    rope = encoder.rope
+    found: dict[str, Any] = {"use_rope": rope is not None, "use_absolute": encoder.use_absolute}
+    if rope is None:
+        return found
+    found |= {name: getattr(rope, name) for name in ("kind", "coordinates", "fraction", "strategy")}
+    if rope.log_theta is None and rope.mixed is None:
+        found["thetas"] = rope.thetas
+    return found | ({} if rope.strategy == "extrapolate" else {"grid_size": rope.grid_size})
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -129,3 +130,40 @@ def test_the_report_s_names_of_the_schedule_and_of_the_copy() -> None:
     assert not torch.equal(target(pictures()), context.eval()(pictures()))
     target.copy_from_context_encoder(context)
     assert torch.equal(target(pictures()), context(pictures()))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rope_theta": 10.0}, r"thetas=\(10.0,\) .* thetas=\(20.0,\)"),
+        ({"rope": {"theta_per_layer": [20.0, 5.0]}}, r"thetas=\(20.0, 5.0\) .* thetas=\(20.0,\)"),
+        ({"rope": {"kind": "fixed"}}, "kind='fixed' .* kind='axial'"),
+        ({"rope": {"coordinates": "normalized"}}, "coordinates='normalized' .* coordinates='index'"),
+        ({"rope": {"fraction": 0.5}}, "fraction=0.5 .* fraction=1.0"),
+        ({"rope": {"strategy": "ntk"}}, "strategy='ntk' .* strategy='extrapolate'"),
+        ({"use_rope": False}, "use_rope=False .* use_rope=True"),
+    ],
+)
+def test_weights_are_not_copied_into_an_encoder_that_rotates_otherwise(options: dict[str, Any], named: str) -> None:
+    other, (_, target) = build_pair(**options)[0], build_pair()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=named):
+        target.copy_from_context_encoder(other)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_the_grid_of_training_counts_where_the_strategy_looks_at_it() -> None:
+    def pair(size: int, strategy: str) -> tuple[ContextEncoder, TargetEncoder]:
+        return create_encoder(img_size=size, use_rope=True, use_absolute=False, vit=TINY, rope={"strategy": strategy})
+
+    pair(16, "extrapolate")[1].copy_from_context_encoder(pair(32, "extrapolate")[0])
+    with pytest.raises(ValueError, match=r"grid_size=\(8, 8\) .* grid_size=\(4, 4\)"):
+        pair(16, "interpolate")[1].copy_from_context_encoder(pair(32, "interpolate")[0])
+
+
+def test_learned_frequencies_are_copied_whatever_theta_they_started_from() -> None:
+    for learned in ({"learnable": True}, {"kind": "mixed"}):
+        context, _ = build_pair(rope=learned, rope_theta=50.0)
+        _, target = build_pair(rope=learned)
+        target.copy_from_context_encoder(context)
+        assert torch.equal(target(pictures()), context.eval()(pictures()))
