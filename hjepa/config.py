@@ -303,6 +303,8 @@ def _set(config: Config, key: str, value: Any, where: str) -> None:
     if key not in KEYS:
         inside = next((k for k in KEYS if k.startswith(f"{key}.")), "")
         hint = f"nearest: {nearest(key, KEYS) or 'none'}"
+        if key.endswith("in_chans"):
+            hint = "pictures have three channels, grey ones are repeated"
         if inside:
             hint = f"it is a section; name a key in it, such as {inside}"
         raise UserError(f"{where}: unknown key {key!r}; {hint}")
@@ -310,6 +312,8 @@ def _set(config: Config, key: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: {key}={value!r} holds '${{'; config values are never evaluated")
     if key in TEXT and not isinstance(value, str | None):
         raise UserError(f"{where}: {key}={value!r} has the wrong type: it is no text; write it in quotes")
+    if key == "data.image_size" and isinstance(value, str | list):
+        _refuse_size(value, f"{where}: {key}={value!r}")
     if key in NUMBERS and isinstance(value, str):
         raise UserError(f"{where}: {key}={value!r} has the wrong type: it is text, not a number in decimal digits")
     try:
@@ -317,6 +321,16 @@ def _set(config: Config, key: str, value: Any, where: str) -> None:
     except (OmegaConfBaseException, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{where}: {key}={value!r} has the wrong type: {reason}") from None
+
+
+def _refuse_size(value: Any, what: str) -> None:
+    """Training is on squares: ValueError on what is a size in another form."""
+    try:
+        height, width = size_pair(value)
+    except UserError:
+        return  # no size at all, a wrong type like any other
+    hint = f"; evaluate.sizes=[{height}x{width}] reads features at such a size" if height != width else ""
+    raise UserError(f"{what} must be one side of a square in pixels, such as {height}{hint}")
 
 
 # ---- what makes sense
