@@ -19,7 +19,7 @@ def test_names_are_unique_and_every_part_has_mutants() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 25
     rotation = [m for m in MUTANTS if m.module[3:] in ("rope", "rotation", "frequencies", "attention")]
     assert len(rotation) >= 9
-    parts = {mutant.module.split("/")[1] for mutant in MUTANTS}
+    parts = {mutant.module.split("/")[-1] for mutant in MUTANTS}
     assert {"encoders", "masks", "hjepa", "predictor", "transfer", "readers"} <= parts
 
 
