@@ -10,7 +10,7 @@ a verdict, a note that explains it, and the command that measures it again. Ther
     python -m benchmarks.ledger      rebuild the sourced rows, and the page docs/claims.md from all rows; tests hold
                                      both files to what this would write
 
-Not covered: making those results (`make bench`, `make tour`, `hjepa sweep`).
+Not covered: making those results (`make bench`, `python -m benchmarks.evidence`).
 """
 
 import json
@@ -20,15 +20,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hjepa.evaluate.results import Row, paired, rows_from_csv, size_text, summarise
+from hjepa.evaluate.results import Row, rows_from_csv, size_text
 
 Claim = dict[str, Any]
 VERDICTS = ("holds", "holds when", "does not hold", "not settled yet")
 LEDGER, PAGE = "results/claims.json", "docs/claims.md"
 STALE = "results/claims.json or docs/claims.md is older than what it quotes: run python -m benchmarks.ledger"
-TRAIN_SIZES = {"openmoji": 64, "fashion_mnist": 16}
-TABLES = ("results/sweeps/baseline/table.csv", "results/tour-*/table.csv")
-ROPE, TABLE = "rope, interpolated", "absolute, resampled"  # the readings compared, fixed before looking
+PRIMARY = "results/primary"
+SIDES = {"half": 32, "twice": 128}  # pixels
+EMBEDDING = "absolute, resampled"
 
 
 def read(root: Path) -> dict[str, Claim]:
@@ -106,61 +106,44 @@ def bench_ratios(results: Mapping[str, Any], what: str) -> dict[str, dict[str, f
     return found
 
 
-def gains(rows: Sequence[Row], train_size: int) -> list[Row]:
-    """RoPE's probe accuracy minus the table's, in points, per seed and size other than the training size."""
-    kept = [row for row in rows if row["metric"] == "probe" and row["encoder"] in (ROPE, TABLE)]
-    return [
-        {"encoder": "gain", "metric": "probe", "size": row["size"], "seed": row.get("seed", 0),
-         "value": 100 * (row["value"] - base["value"]), "relative": 100 * (row["value"] / base["value"] - 1),
-         "low": math.nan, "high": math.nan}
-        for row, base in paired(kept, TABLE) if row["size"] != (train_size, train_size)
-    ]  # fmt: skip
-
-
 def better_transfer(row: Claim, root: Path) -> Claim:
-    """The gain at unseen sizes from the baseline sweep, or of one seed from a tour, by data set."""
-    texts, settled = [], []
-    values: dict[str, Any] = {}
-    for path in (path for pattern in TABLES for path in sorted(root.glob(pattern))):
-        rows = rows_from_csv(path)
-        for data in sorted({row["data"] for row in rows if row.get("data") in TRAIN_SIZES}):
-            found = gains([row for row in rows if row["data"] == data], TRAIN_SIZES[data])
-            if found and f"{data}_seeds" not in values:  # sweeps first: a tour is one seed of the same comparison
-                texts.append(_describe(data, found, values))
-                settled.append((data, _over_seeds(found)))
-    if not texts:
+    """The gains at half and twice the size in the sixteen comparisons of docs/protocol.md."""
+    folder = root / PRIMARY
+    if not (folder / "primary.csv").exists():
         return _unsettled(row, "no committed result")
-    return row | {"values": values, "number": "; ".join(texts), "verdict": transfer_verdict(settled)}
+    found = rows_from_csv(folder / "primary.csv")
+    values = {"seeds": found[0]["seeds"], "comparisons": len(found)}
+    for name, side in SIDES.items():
+        means = [each["mean"] for each in found if each["size"] == (side, side)]
+        values |= {f"{name}_least": round(min(means), 1), f"{name}_most": round(max(means), 1)}
+    values["highest"] = round(max(each["high"] for each in found), 1)
+    values["percent"] = round(max(relative_gains(rows_from_csv(folder / "accuracy.csv"), found)), 1)
+    values["apart"] = sum(each["p_holm"] < 0.05 for each in found)
+    text = (
+        "points, means of {comparisons} comparisons over {seeds} seeds: {half_least:+.1f} to {half_most:+.1f} at half "
+        "the size, {twice_least:+.1f} to {twice_most:+.1f} at twice; no interval reaches above {highest:+.1f}; at most "
+        "{percent:+.1f} % of the embedding's accuracy; {apart} differ from 0 (p < 0.05 after Holm)"
+    )
+    return row | {"values": values, "number": text, "verdict": transfer_verdict(found)}
 
 
-def _over_seeds(found: Sequence[Row]) -> list[Row]:
-    kept = [{key: value for key, value in row.items() if key != "relative"} for row in found]
-    return sorted(summarise(kept), key=lambda row: row["size"])
+def relative_gains(rows: Sequence[Row], found: Sequence[Row]) -> list[float]:
+    """Of each comparison, the mean gain over the mean accuracy of the position embedding, in percent."""
+    shares = []
+    for each in found:
+        own = [row["value"] for row in rows if row["encoder"] == EMBEDDING and row["cell"] == each["comparison"]
+               and row["size"] == each["size"] and row["metric"] == each["reader"]]  # fmt: skip
+        shares.append(each["mean"] / mean(own))
+    return shares
 
 
-def _describe(data: str, found: Sequence[Row], values: dict[str, Any]) -> str:
-    """Put a data set's gains into `values` and return the sentence that quotes them."""
-    values[f"{data}_seeds"] = max(row["n"] for row in _over_seeds(found))
-    parts = []
-    for row in _over_seeds(found):
-        key = f"{data}_{size_text(row['size'])}"
-        values[key] = round(row["value"], 1)
-        values[f"{key}_percent"] = round(mean(r["relative"] for r in found if r["size"] == row["size"]), 0)
-        interval = ""
-        if row["n"] > 1:
-            values[f"{key}_low"], values[f"{key}_high"] = round(row["low"], 1), round(row["high"], 1)
-            interval = f" [{{{key}_low:+.1f}}, {{{key}_high:+.1f}}]"
-        parts.append(f"{size_text(row['size'])} px {{{key}:+.1f}}{interval} points ({{{key}_percent:+.0f}} %)")
-    return f"{data}, seeds {{{data}_seeds}}: " + ", ".join(parts)
-
-
-def transfer_verdict(settled: Sequence[tuple[str, Sequence[Row]]]) -> str:
-    """The claim holds where the interval over seeds lies above 10 points, and fails where it lies below."""
-    several = [(data, row) for data, rows in settled for row in rows if row["n"] > 1]  # one seed settles nothing
-    good = [f"{data} at {size_text(row['size'])} px" for data, row in several if row["low"] >= 10]
+def transfer_verdict(found: Sequence[Row]) -> str:
+    """The claim of 10 points holds where the interval over seeds and pictures lies above them, fails where below."""
+    good = [each for each in found if each["low"] >= 10]
     if good:
-        return "holds" if len(good) == len(several) else f"holds when tested on {', '.join(good)}"
-    return "does not hold" if several and all(row["high"] < 10 for _, row in several) else "not settled yet"
+        where = ", ".join(f"{each['comparison']} at {size_text(each['size'])} px by {each['reader']}" for each in good)
+        return "holds" if len(good) == len(found) else f"holds when trained with {where}"
+    return "does not hold" if all(each["high"] < 10 for each in found) else "not settled yet"
 
 
 SOURCED = {
