@@ -260,23 +260,17 @@ class TargetEncoder(_Encoder):
             RuntimeError: it is built differently.
             ValueError: it takes the same weights and gives other features, by its rotation or its absolute table.
         """
-        if isinstance(context_encoder, _Encoder):
-            theirs, mine = _position_settings(context_encoder), _position_settings(self)
-            for name in theirs:
-                if name in mine and theirs[name] != mine[name]:
-                    raise ValueError(
-                        f"context encoder has {name}={theirs[name]!r} and this encoder {name}={mine[name]!r}: the same "
-                        "weights would give other features; build both alike"
-                    )
+        _check_positions(self, context_encoder)
         self.load_state_dict(context_encoder.state_dict())
 
     @torch.no_grad()
     def update_from_context_encoder(self, context_encoder: nn.Module, current_step: int) -> float:
         """target = m * target + (1 - m) * context for parameters and float buffers, copies of the rest; returns m.
 
-        The context encoder may be in any precision. Raises ValueError for one built differently, or a target encoder
-        in half precision.
+        The context encoder may be in any precision. Raises ValueError for one built differently, or that rotates
+        otherwise, or a target encoder in half precision.
         """
+        _check_positions(self, context_encoder)
         mine, theirs = dict(_named_tensors(self)), dict(_named_tensors(context_encoder))
         if mine.keys() != theirs.keys():
             odd = sorted(mine.keys() ^ theirs.keys())
@@ -293,6 +287,19 @@ class TargetEncoder(_Encoder):
         for name in mine.keys() - set(floats):
             mine[name].copy_(theirs[name])
         return momentum
+
+
+def _check_positions(target: _Encoder, context: nn.Module) -> None:
+    """ValueError if the same weights give other features in the two, by rotation or position embedding."""
+    if not isinstance(context, _Encoder):  # inside another module: not known
+        return
+    theirs, mine = _position_settings(context), _position_settings(target)
+    for name in theirs:
+        if name in mine and theirs[name] != mine[name]:
+            raise ValueError(
+                f"context encoder has {name}={theirs[name]!r} and this encoder {name}={mine[name]!r}: the same weights "
+                "would give other features; build both alike"
+            )
 
 
 def _position_settings(encoder: _Encoder) -> dict[str, Any]:

@@ -149,6 +149,8 @@ def test_weights_are_not_copied_into_an_encoder_that_rotates_otherwise(options: 
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(ValueError, match=named):
         target.copy_from_context_encoder(other)
+    with pytest.raises(ValueError, match=named):
+        target.update_from_context_encoder(other, 0)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
