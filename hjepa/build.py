@@ -124,6 +124,7 @@ def load_split(config: Config, split: str) -> ImageData:
         limit=options.limit if split == "train" else None,
         on_corrupt=options.on_corrupt,
         moved=options.moved,
+        classes=options.classes,
     )
     return replace(
         data,

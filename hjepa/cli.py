@@ -243,7 +243,7 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
 
 
 # what two runs must share to be read together; the rest of `data` is about training alone
-READ = ("name", "path", "image_size", "limit", "on_corrupt", "moved", "mean", "std")
+READ = ("name", "path", "image_size", "limit", "classes", "on_corrupt", "moved", "mean", "std")
 
 
 def _named(runs: list[str]) -> dict[str, Path]:
@@ -265,7 +265,7 @@ def _other_data(data: Any, arguments: argparse.Namespace) -> None:
         check_choice("--data", arguments.data, tuple(DATASETS))
         trained = DATASETS[data.name]
         data.mean, data.std = list(data.mean or trained.mean), list(data.std or trained.std)
-        data.name, data.limit = arguments.data, None
+        data.name, data.limit, data.classes = arguments.data, None, None
     data.path, data.root = arguments.path or data.path, arguments.root or data.root
     if arguments.path and data.name != "imagefolder":
         raise UserError(f"--path is the folder of imagefolder; {data.name} takes --root")

@@ -34,7 +34,8 @@ def key(default: Any, **allowed: Any) -> Any:
     """A config key: its default, and what is allowed of it.
 
     at_least, above, at_most: bounds of a number or of each number in a list. length: how many numbers a list has.
-    choices: names. interval: a pair (smallest, largest) above 0, and the largest that is allowed.
+    choices: names. words: a list of names that only the data know. interval: a pair (smallest, largest) above 0, and
+    the largest that is allowed.
     """
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=allowed)
@@ -54,6 +55,7 @@ class DataConfig:
     flip: bool = True  # mirror left-right half of the time
     color_jitter: float = key(0.0, at_least=0, at_most=1)  # strength of brightness, contrast and saturation changes
     limit: int | None = key(None, at_least=1)  # at most this many training pictures
+    classes: list[str] | None = key(None, words=True)  # names of the classes to keep; null: all
     mean: list[float] | None = key(None, at_least=0, at_most=1, length=3)  # of each channel; null: the data set's own
     std: list[float] | None = key(None, above=0, at_most=1, length=3)  # likewise; see hjepa.data.images.mean_and_std
     moved: bool = False  # each picture at a place and scale of its own on a plain canvas
@@ -362,7 +364,9 @@ def _check_value(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
         if isinstance(number, int | float):
             _check_number(name, number, allowed)
         elif isinstance(value, list) and name != "evaluate.sizes":  # the container lets mappings into lists
-            raise UserError(f"{name}={value!r} must be a list of numbers")
+            kind, name_of_kind = (str, "names") if "words" in allowed else (int, "numbers")
+            if not isinstance(number, kind):
+                raise UserError(f"{name}={value!r} must be a list of {name_of_kind}")
     length = allowed.get("length")
     if length and value is not None and len(value) != length:
         raise UserError(f"{name}={value} must be {length} numbers")

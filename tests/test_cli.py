@@ -132,6 +132,8 @@ def test_evaluate_reads_runs_whose_training_views_alone_differ(run, tmp_path, mo
     other = copy_of(run, tmp_path / "3" / "rope", limit=16)
     line = error_of(["evaluate", "--run", one, "--run", other, *out], capsys)
     assert "3/rope was trained with other data settings: data.limit=16" in line
+    other = copy_of(run, tmp_path / "4" / "rope", classes=["Flags", "Symbols"])
+    assert "data.classes=['Flags', 'Symbols']" in error_of(["evaluate", "--run", one, "--run", other, *out], capsys)
     monkeypatch.chdir(one)
     assert main(["evaluate", "--run", ".", *out]) == 0
     assert encoders_in(tmp_path / "e.csv")[0] == "rope"

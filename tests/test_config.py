@@ -109,6 +109,7 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
     value = [0.5] * 3 if key in ("data.mean", "data.std") else value
     value = "x" if key in ("data.path", "model.act_layer", "train.init_from") else value
     value = [2.0] if key.endswith("theta_per_layer") else value
+    value = ["x"] if key == "data.classes" else value
     if before is not None:
         value = [*before, before[-1]] if isinstance(before, list) else other[type(before)](before)
     hjepa.config._set(config, key, value, "test")
@@ -159,6 +160,7 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
         ("model.in_chans=1", "pictures have three channels, grey ones are repeated"),
         ("data.in_chans=1", "pictures have three channels, grey ones are repeated"),
         ("data.train_scales=[1.0, 0]", "data.train_scales=0.0 must be above 0"),
+        ("data.classes=[{a: 1}]", "data.classes=[{'a': 1}] must be a list of names"),
         ("data.crop_scale=[0.5, {a: 1}]", "data.crop_scale=[0.5, {'a': 1}] must be a list of numbers"),
         ("data.train_scales=[]", "data.train_scales=[] must name one scale or more"),
         ("model.num_heads=5", "model.embed_dim=96 is not divisible by model.num_heads=5"),

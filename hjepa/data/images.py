@@ -237,6 +237,7 @@ def load_data(
     on_corrupt: str = "error",
     moved: bool = False,
     repeats: int = 1,
+    classes: Sequence[str] | None = None,
 ) -> ImageData:
     """One split of a registered data set: "train", "validation" (a fixed tenth of each class of the training
     pictures) or "test"; of imagenette also "test-b".
@@ -246,8 +247,8 @@ def load_data(
     pictures, classes taken in turn; seed picks which, and a larger limit includes a smaller one. on_corrupt:
     "error" raises on an image file that cannot be read, "skip" decodes every file first and lists such files
     in `.skipped`. moved: each picture at a place and scale of its own on a canvas (`hjepa.data.moved`), repeats times;
-    the ids of further placements end in "#1", "#2", ... ValueError or FileNotFoundError, one line, on wrong arguments,
-    missing or damaged data.
+    the ids of further placements end in "#1", "#2", ... classes: names of those to keep, which are numbered in this
+    order (None: all). ValueError or FileNotFoundError, one line, on wrong arguments, missing or damaged data.
     """
     _check(name, split, image_size, limit, on_corrupt)
     _check_moved(moved, repeats)
@@ -255,7 +256,8 @@ def load_data(
     stored = "train" if split == "validation" else split
     request = Request(stored, Path(root).expanduser(), path, image_size, on_corrupt == "skip")
     listing = spec.read(request)
-    members = _members(listing, split)
+    number = _numbers(name, listing.classes, classes)
+    members = [i for i in _members(listing, split) if listing.labels[i] in number]
     if not members:
         raise UserError(f"data set {name!r} has no {split} pictures; give some class at least two training pictures")
     chosen = [members[i] for i in _limited([listing.labels[i] for i in members], limit, seed)]
@@ -271,8 +273,8 @@ def load_data(
     return ImageData(
         name=name,
         split=split,
-        labels=torch.tensor([listing.labels[i] for i in good], dtype=torch.int64).repeat(repeats),
-        classes=listing.classes,
+        labels=torch.tensor([number[listing.labels[i]] for i in good], dtype=torch.int64).repeat(repeats),
+        classes=[listing.classes[old] for old in number],
         ids=ids + [f"{id_}#{repeat}" for repeat in range(1, repeats) for id_ in ids],
         mean=spec.mean,
         std=spec.std,
@@ -301,6 +303,19 @@ def _check_moved(moved: bool, repeats: int) -> None:
         raise UserError(f"repeats {repeats!r} must be a positive number of placements of each picture")
     if repeats > 1 and not moved:
         raise UserError(f"repeats {repeats} without moved would give the same pictures again; add moved=True")
+
+
+def _numbers(name: str, known: list[str], wanted: Sequence[str] | None) -> dict[int, int]:
+    """The new number of each class that is kept, by its old one, in the new order."""
+    if wanted is None:
+        return {number: number for number in range(len(known))}
+    for word in wanted:
+        if word not in known:
+            near = nearest(str(word), known) or "none"
+            raise UserError(f"class {word!r} of {name} is not known; its classes: {', '.join(known)}; nearest: {near}")
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise UserError(f"classes {list(wanted)} of {name} must be one or more names, each once, or null for all")
+    return {known.index(word): number for number, word in enumerate(wanted)}
 
 
 def _members(listing: Listing, split: str) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any
 from ..build import build_encoders, load_split, plain
 from ..config import Config, load_config
 from ..evaluate.baselines import baselines
+from ..evaluate.dense import RawPatches, dense_transfer
 from ..evaluate.results import Row
 from ..evaluate.transfer import resolution_transfer, with_strategy
 from ..hub import load_run
@@ -116,3 +117,22 @@ def read_all(
     return resolution_transfer(
         everybody, known, asked, train_size=size, sizes=sizes, refit=False, progress=progress, hits=hits, **options
     )
+
+
+def dense_all(
+    configs: Mapping[str, Config],
+    folder: str | Path,
+    sizes: Sequence[Any],
+    *,
+    strategies: Sequence[str] = ("interpolate", "extrapolate"),
+    split: str = "test",
+) -> list[Row]:
+    """Rows of `dense_transfer` for the encoders of `read_all`, their random start and the pixels of a patch.
+
+    All patches must have one side.
+    """
+    config = next(iter(configs.values()))
+    known, asked = load_split(config, "train"), load_split(config, split)
+    everybody = readers(configs, folder, strategies)
+    everybody["raw pixels"] = RawPatches(everybody["random init"].patch_size)
+    return dense_transfer(everybody, known, asked, train_size=config.data.image_size, sizes=sizes)

@@ -120,6 +120,30 @@ def test_limit_takes_classes_in_turn_and_grows_by_inclusion():
     assert load_data("openmoji", limit=5000).ids == load_data("openmoji").ids
 
 
+def test_chosen_classes_are_numbered_in_the_order_asked_for_and_keep_their_pictures_and_splits():
+    names = ["Flags", "Animals & Nature"]
+    for split in ("train", "validation", "test"):
+        whole, part = load_data("openmoji", split), load_data("openmoji", split, classes=names)
+        assert part.classes == names
+        wanted = {id_: whole.classes[y] for id_, y in zip(whole.ids, whole.labels, strict=True)}
+        assert {i: names[y] for i, y in zip(part.ids, part.labels, strict=True)} == {
+            id_: kind for id_, kind in wanted.items() if kind in names
+        }
+        first = whole.ids.index(part.ids[0])
+        assert torch.equal(part.at_size(16, [0]), whole.at_size(16, [first]))
+    assert torch.bincount(load_data("openmoji", classes=names, limit=40).labels).tolist() == [20, 20]
+
+
+@pytest.mark.parametrize(
+    ("classes", "reason"),
+    [(["Flag"], "class 'Flag' of openmoji is not known; .*; nearest: Flags"), ([], "one or more names"),
+     (["Flags", "Flags"], "each once")],
+)  # fmt: skip
+def test_wrong_classes_are_named(classes, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_data("openmoji", classes=classes)
+
+
 # ---- any size
 
 

@@ -129,6 +129,13 @@ OTHER_PARAMETERS = {
         "strategies": ["ntk", "interpolate"],
         "overrides": ["model.level_weights=[1.0]"],
     },
+    "one_run.ipynb": {
+        "recipe": "configs/photographs.yaml",
+        "variants": {"none": ["model.rope.use_rope=false"], "fixed": ["model.rope.kind=fixed"]},
+        "sizes": [32], "strategies": ["extrapolate"], "split": "test", "dense": True, "seed": 3,
+        "overrides": ["data.name=openmoji", "train.steps=2", "train.warmup=1", "train.batch_size=8", "model.depth=2",
+                      "evaluate.gallery=60", "evaluate.queries=40"],
+    },
 }  # fmt: skip
 
 
@@ -144,13 +151,17 @@ def test_runs_with_other_parameters_and_says_what_each_is(name, tmp_path):
     known = find_parameters(path)
     assert all(parameter.annotation for parameter in known.values())
     check_parameters(values, known, name)
-    with pytest.raises(ValueError, match="unknown parameter 'step'; nearest: steps"):
-        check_parameters({"step": 3}, known, name)
+    with pytest.raises(ValueError, match="unknown parameter 'run_dirs'; nearest: run_dir"):
+        check_parameters({"run_dirs": 3}, known, name)
     with pytest.raises(ValueError, match="seed='3' must be int"):
         check_parameters({"seed": "3"}, known, name)
     assert not any(values.get(key) == parameter.default for key, parameter in known.items())
     execute(path, tmp_path / "out.ipynb", values, cwd=NOTEBOOKS)
     assert any((tmp_path / "run").rglob("metrics.json"))
+    if "variants" in values:
+        rows = rows_from_csv(tmp_path / "run/table.csv")
+        assert {"none", "fixed, extrapolated", "random init", "HOG"} < {row["encoder"] for row in rows}
+        assert {"place", "match_1", "knn", "probe"} < {row["metric"] for row in rows}
     if "positions" in values:  # mixed frequencies have no theta, so NTK is left out for them
         table = rows_from_csv(tmp_path / "run/table.csv")
         mixed = {row["encoder"] for row in table if "mixed" in row["encoder"]}
