@@ -171,7 +171,7 @@ class TrainConfig:
     ema_start: float = key(0.99, at_least=0, at_most=1)  # momentum of the target encoder at step 0
     ema_end: float = key(1.0, at_least=0, at_most=1)  # momentum at the last step
     mixed_precision: str = key("auto", choices=("auto", "no", "bf16", "fp16"))  # auto: what the processor is fast in
-    init_from: str | None = None  # a run, or a checkpoint of one, whose weights to start from; the schedule is new
+    init_from: str | None = None  # weights to start from: a run's, a checkpoint's, or a name of list_pretrained()
     seed: int = key(0, at_least=0)  # everything random follows from it
     num_workers: int = key(0, at_least=0)  # loader processes
     threads: int = key(2, at_least=1)  # CPU threads of torch

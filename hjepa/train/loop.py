@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from .. import hub
 from ..build import build_encoders, build_model, draw_masks, load_split, train_sizes
 from ..config import Config, save_config
 from ..data.images import ImageData
@@ -38,8 +39,10 @@ from ..evaluate.measures import effective_rank, feature_std
 from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
 from ..files import hold, user_path
-from ..inputs import patch_grid
+from ..inputs import UserError, patch_grid
 from ..nn.encoders import TargetEncoder
+from ..nn.hjepa import HJEPA
+from ..pretrained import WEIGHTS, list_pretrained
 from .checkpoint import STATE, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
 from .feed import Feed
 from .log import RunLog, check_run_dir, log_columns, note_versions, summary
@@ -133,7 +136,7 @@ class _Run:
             raise ValueError("train.optimizer=muon is not for matrices cut over processes (FSDP); nearest: adamw")
         self.plain = build_model(self.config, len(self.train_data.classes))
         if options.init_from and not self.last_good:
-            load_checkpoint(_initial(options.init_from), self.plain)
+            _start_from(options.init_from, self.plain)
 
         def optimizer() -> torch.optim.Optimizer:
             return build_optimizer(
@@ -332,13 +335,24 @@ class _Run:
         return metrics
 
 
-def _initial(path: str) -> Path:
-    """The checkpoint of train.init_from: itself, or a run's newest."""
-    folder = user_path(path)
-    found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
-    if found is None:
-        raise FileNotFoundError(f"train.init_from={path}: neither a run with checkpoints nor a checkpoint")
-    return found
+def _start_from(name: str, model: HJEPA) -> None:
+    """Set the weights that train.init_from names: a checkpoint's or a run's, or those of an encoder alone, one that
+    comes with the package or an export, in both encoders."""
+    folder = user_path(name)
+    if name not in list_pretrained() and not (folder / hub.CONFIG).is_file():
+        found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
+        if found is None:
+            known = ", ".join(list_pretrained())
+            raise FileNotFoundError(f"train.init_from={name}: neither a run with checkpoints nor one of them, nor {known}")
+        load_checkpoint(found, model)
+        return
+    encoder = hub.load_pretrained(WEIGHTS / name if name in list_pretrained() else folder)[0]
+    try:
+        model.target_encoder.copy_from_context_encoder(encoder)
+        model.context_encoder.load_state_dict(encoder.state_dict())
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).replace("\n\t", " ")
+        raise UserError(f"train.init_from={name} is of another architecture than the config: {reason}") from None
 
 
 def _due(step: int, every: int, last: int) -> bool:

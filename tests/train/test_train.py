@@ -22,6 +22,7 @@ from hjepa.files import hold, is_held
 from hjepa.hub import CheckpointError, latest_checkpoint, load_run
 from hjepa.nn.encoders import TargetEncoder
 from hjepa.nn.hjepa import HJEPA
+from hjepa.pretrained import WEIGHTS, load_pretrained
 from hjepa.train import checkpoint as storage
 from hjepa.train import loop as train_module
 from hjepa.train.log import read_log
@@ -111,10 +112,26 @@ def test_a_run_starts_from_the_weights_of_another_with_a_schedule_of_its_own(tin
         found = load_file(latest_checkpoint(run) / "model.safetensors")
         assert latest_checkpoint(run).name == "step_00000001"
         assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given)
-    with pytest.raises(FileNotFoundError, match=r"train\.init_from=.*nowhere: neither a run"):
+    with pytest.raises(FileNotFoundError, match=r"train\.init_from=.*nowhere: neither a run.*openmoji-rope"):
         train(tiny(f"train.init_from={tmp_path / 'nowhere'}"), tmp_path / "third", progress=False)
     with pytest.raises(ValueError, match="of another architecture"):
         train(tiny("model.depth=1", f"train.init_from={start}"), tmp_path / "fourth", progress=False)
+
+
+def test_a_run_starts_from_an_encoder_that_comes_with_the_package(tiny, tmp_path):
+    like = ["model.embed_dim=128", "model.depth=4", "model.num_heads=4", "model.act_layer=relu", "data.image_size=64",
+            "model.patch_size=8", "model.use_absolute=false", "model.rope.use_rope=true", "model.rope.theta=10",
+            "model.rope.strategy=interpolate", "train.steps=1", "train.lr=1e-12", "train.min_lr=0",
+            "train.ema_start=1.0", "train.weight_decay=0"]  # fmt: skip
+    given = load_pretrained("openmoji-rope").state_dict()
+    for index, where in enumerate(("openmoji-rope", WEIGHTS / "openmoji-rope")):
+        train(tiny(*like, f"train.init_from={where}"), tmp_path / f"run{index}", progress=False)
+        for which in ("context", "target"):
+            found = load_run(tmp_path / f"run{index}", which)[0].state_dict()
+            assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given)
+    for wrong, reason in (("model.depth=3", "Unexpected key"), ("model.rope.theta=100", "thetas=")):
+        with pytest.raises(ValueError, match=f"openmoji-rope is of another architecture.*{reason}"):
+            train(tiny(*like, wrong, "train.init_from=openmoji-rope"), tmp_path / "wrong", progress=False)
 
 
 def test_a_run_goes_on_with_pictures_that_were_moved(tiny, tmp_path, pictures):
