@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
 
     evaluate = add(_evaluate, "read frozen features at several image sizes")
-    evaluate.add_argument("--run", metavar="FOLDER", action="append", help="a trained run; repeatable")
+    evaluate.add_argument("--run", metavar="FOLDER", action="append", help="a trained run, or a name of list_pretrained(); repeatable")
     evaluate.add_argument("--timm", metavar="NAME", action="append", help="or a published model of timm; repeatable")
     evaluate.add_argument("--sizes", metavar="LIST", help="such as 32,48,96 or 48x96 (height x width), in pixels")
     evaluate.add_argument("--strategy", metavar="LIST", help="RoPE strategies to read each run with, comma-separated")
@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="NAME", help="data set (default: the run's own; with --timm openmoji)")
     evaluate.add_argument("--path", metavar="FOLDER", help="folder of class folders, of imagefolder")
     evaluate.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
+    evaluate.add_argument("--dense", action="store_true", help="also read single patches of runs: their own place")
     evaluate.add_argument("--out", metavar="FILE", help="CSV file (default: evaluation.csv in the first run, or here)")
     published = evaluate.add_argument_group("with --timm")
     published.add_argument("--checkpoint", metavar="FILE", help="weights of the one model, instead of the hub's")
@@ -160,7 +161,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-RUNS_ONLY, TIMM_ONLY = ("strategy",), ("checkpoint", "no_pretrained", "fit_size")
+RUNS_ONLY, TIMM_ONLY = ("strategy", "dense"), ("checkpoint", "no_pretrained", "fit_size")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -207,6 +208,7 @@ def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int
     for metric in ("probe", "knn", "retrieval") if "knn" in measured else ("retrieval", "cka", "effective_rank"):
         print(f"\n{format_table(rows, metric)}")
     beside = user_path((arguments.run or ["."])[0])
+    beside = beside if (beside / "config.yaml").is_file() else Path(".")
     out = user_path(arguments.out) if arguments.out else fresh_path(beside / "evaluation.csv")
     rows_to_csv(rows, out)
     how = "trained" if arguments.run else "readers fitted"
@@ -220,10 +222,9 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     from .build import build_encoders, load_split, plain
     from .evaluate.baselines import baselines
     from .evaluate.transfer import resolution_transfer
-    from .hub import load_run
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
-    loaded = {name: load_run(run, arguments.which) for name, run in _named(arguments.run).items()}
+    loaded = {name: _encoder_of(folder, arguments.which) for name, folder in _named(arguments.run).items()}
     config = next(iter(loaded.values()))[1]
     for name, (_, other) in loaded.items():
         for key in READ:
@@ -239,7 +240,27 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(config.train.threads)
     reading = plain(config.evaluate)
     reading["sizes"] = asked or reading["sizes"]
-    return _show_rows(resolution_transfer(encoders, *splits, train_size=size, progress=True, **reading), arguments)
+    rows = resolution_transfer(encoders, *splits, train_size=size, progress=True, **reading)
+    if arguments.dense:
+        from .evaluate.dense import RawPatches, dense_transfer
+
+        patches = {name: encoder for name, encoder in encoders.items() if hasattr(encoder, "patch_size")}
+        patches["raw pixels"] = RawPatches(patches["random init"].patch_size)
+        rows += dense_transfer(patches, *splits, train_size=size, sizes=reading["sizes"])
+    return _show_rows(rows, arguments)
+
+
+def _encoder_of(folder: Path, which: str) -> tuple[Any, Any]:
+    """The encoder and config of a run, or of an export."""
+    from . import hub
+    from .config import config_of
+
+    if not (folder / hub.CONFIG).is_file():
+        return hub.load_run(folder, which)
+    encoder, about = hub.load_pretrained(folder)
+    if about["hjepa"]["which"] != which:
+        raise UserError(f"--which {which}: {folder.name} holds the {about['hjepa']['which']} encoder alone")
+    return encoder, config_of(about["hjepa"]["config"], str(folder / hub.CONFIG))
 
 
 # what two runs must share to be read together; the rest of `data` is about training alone
@@ -247,8 +268,10 @@ READ = ("name", "path", "image_size", "limit", "classes", "on_corrupt", "moved",
 
 
 def _named(runs: list[str]) -> dict[str, Path]:
-    """Folders of runs by their last part, or by as many parts as tell them apart."""
-    folders = [user_path(run).resolve() for run in runs]
+    """Folders of runs, and of encoders that come with the package, by as many last parts as tell them apart."""
+    from .pretrained import WEIGHTS, list_pretrained
+
+    folders = [WEIGHTS / run if run in list_pretrained() else user_path(run).resolve() for run in runs]
     if len(set(folders)) < len(folders):
         raise UserError(f"--run: two folders have the same name: {', '.join(runs)}")
     parts = 1

@@ -213,6 +213,14 @@ def default_config() -> Config:
     return cast(Config, OmegaConf.structured(Config))
 
 
+def config_of(tree: Mapping[str, Any], where: str) -> Config:
+    """A whole config from nested mappings, such as an export holds. Raises ValueError as `load_config`."""
+    config = default_config()
+    _merge(config, tree, where)
+    check_config(config)
+    return config
+
+
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """Defaults, then the YAML file, then overrides such as "model.rope.theta=100" in their order.
 

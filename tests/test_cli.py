@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+import torch
 
+import hjepa
 import hjepa.evaluate.transfer
 from hjepa import cli
 from hjepa.cli import main
@@ -109,6 +111,31 @@ def test_evaluate_reads_the_same_weights_under_each_strategy(run, tmp_path, caps
     for size, same in (((64, 64), True), ((48, 192), False)):
         pair = [value[name, size, "cka"] for name in names[:2]], [value[n, size, "effective_rank"] for n in names[:2]]
         assert (pair[0][0] == pair[0][1] and pair[1][0] == pair[1][1]) is same
+
+
+def test_evaluate_reads_single_patches_too(run, tmp_path):
+    assert main(["evaluate", "--run", str(run), "--sizes", "32", "--dense", "--out", str(tmp_path / "e.csv")]) == 0
+    dense = {row["encoder"] for row in rows_from_csv(tmp_path / "e.csv") if row["metric"] == "match_1"}
+    assert dense == {"rope", "random init", "raw pixels", "chance"}
+
+
+def test_evaluate_takes_encoders_that_come_with_the_package_and_exports(run, tmp_path, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda e, *_, **k: seen.update(e | k) or [
+        {"encoder": "x", "size": (64, 64), "metric": "knn", "value": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+    ])  # fmt: skip
+    monkeypatch.setattr(cli, "_show_rows", lambda rows, _: 0)
+    assert main(["evaluate", "--run", "openmoji-rope", "--run", "openmoji-absolute", "--sizes", "192"]) == 0
+    assert list(seen)[:3] == ["openmoji-rope", "openmoji-absolute", "random init"]
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    for name in list(seen)[:2]:
+        torch.testing.assert_close(seen[name](images), hjepa.load_pretrained(name)(images))
+    assert seen["train_size"] == 64 and seen["gallery"] == 2000
+    main(["export", str(run), str(tmp_path / "out")])
+    assert main(["evaluate", "--run", str(tmp_path / "out")]) == 0
+    torch.testing.assert_close(seen["out"](images), hjepa.load_run(run)[0](images))
+    line = error_of(["evaluate", "--run", "openmoji-rope", "--which", "context"], capsys)
+    assert "openmoji-rope holds the target encoder alone" in line
 
 
 def copy_of(run, folder, **data):

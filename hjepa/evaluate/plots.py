@@ -33,6 +33,7 @@ COLORS = {
     "histogram": "#B3B3B3", "hog": "#333333",
     "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BLUE,
     "row": BLUE, "column": VERMILLION,
+    "views": BLUE, "both": GREEN, "masks": ORANGE,
     "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
 }  # fmt: skip
 BASELINES = ("random", "pixels", "histogram", "hog")  # drawn grey and dashed
