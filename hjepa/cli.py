@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
 
     evaluate = add(_evaluate, "read frozen features at several image sizes")
-    evaluate.add_argument("--run", metavar="FOLDER", action="append", help="a trained run, or a name of list_pretrained(); repeatable")
+    evaluate.add_argument(
+        "--run", metavar="FOLDER", action="append", help="a trained run, or a name of list_pretrained(); repeatable"
+    )
     evaluate.add_argument("--timm", metavar="NAME", action="append", help="or a published model of timm; repeatable")
     evaluate.add_argument("--sizes", metavar="LIST", help="such as 32,48,96 or 48x96 (height x width), in pixels")
     evaluate.add_argument("--strategy", metavar="LIST", help="RoPE strategies to read each run with, comma-separated")

@@ -342,8 +342,8 @@ def _start_from(name: str, model: HJEPA) -> None:
     if name not in list_pretrained() and not (folder / hub.CONFIG).is_file():
         found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
         if found is None:
-            known = ", ".join(list_pretrained())
-            raise FileNotFoundError(f"train.init_from={name}: neither a run with checkpoints nor one of them, nor {known}")
+            what = f"neither a run with checkpoints nor a checkpoint, nor one of {', '.join(list_pretrained())}"
+            raise FileNotFoundError(f"train.init_from={name}: {what}")
         load_checkpoint(found, model)
         return
     encoder = hub.load_pretrained(WEIGHTS / name if name in list_pretrained() else folder)[0]
