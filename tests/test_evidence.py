@@ -111,3 +111,27 @@ def test_the_committed_table_follows_from_the_committed_readings(path):
         assert [row[k] for k in ("mean", "low", "high", "p", "p_holm")] == pytest.approx(
             [made[k] for k in ("mean", "low", "high", "p", "p_holm")], rel=1e-4, abs=1e-4
         )
+
+
+def test_differences_beside_the_sixteen_follow_from_the_committed_readings():
+    """Recomputed from single pictures; the intervals' formula has its own tests."""
+    folder = ROOT / "results" / "primary"
+    rows = rows_from_csv(folder / "secondary.csv")
+    assert len(rows) == 4 * 2 * (4 + 3 + 4)
+
+    def accuracy(place, seed, encoder, size, reader):
+        with np.load(folder / place / f"seed-{seed}.npz") as kept:
+            packed = kept["; ".join((cell, encoder, str(size), reader))]
+            return 100 * np.unpackbits(packed, count=int(kept["pictures"])).mean()
+
+    cell = "labels, one grid"
+    for reader in ("knn", "probe"):
+        gain = {size: np.mean([accuracy("", s, evidence.A, size, reader) - accuracy("", s, evidence.B, size, reader)
+                               for s in range(6)]) for size in (64, 128)}  # fmt: skip
+        over = np.mean([accuracy("", s, evidence.B, 128, reader) - accuracy("control", s, "none", 128, reader)
+                        for s in range(3)])  # fmt: skip
+        found = {row["difference"]: row["mean"] for row in rows
+                 if (row["comparison"], row["reader"], row["size"]) == (cell, reader, (128, 128))}  # fmt: skip
+        expected = {"rotation - embedding": gain[128], "embedding - none": over,
+                    "rotation - embedding, less that at 64 px": gain[128] - gain[64]}  # fmt: skip
+        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-3)
