@@ -124,7 +124,8 @@ def better_transfer(row: Claim, root: Path) -> Claim:
     text = (
         "points, means of {comparisons} comparisons over {seeds} seeds: {half_least:+.1f} to {half_most:+.1f} at half "
         "the size, {twice_least:+.1f} to {twice_most:+.1f} at twice; all intervals end below {highest:+.1f}; at most "
-        "{percent:+.1f} % of the embedding's accuracy, its interval ends below {percent_high:+.1f} %; {apart} differ from 0 (p < 0.05 after Holm)"
+        "{percent:+.1f} % of the embedding's accuracy, its interval ends below {percent_high:+.1f} %; {apart} differ "
+        "from 0 (p < 0.05 after Holm)"
     )
     return row | {"values": values, "number": text, "verdict": transfer_verdict(found)}
 

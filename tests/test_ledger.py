@@ -53,7 +53,8 @@ def test_transfer_is_settled_by_intervals(tmp_path: Path) -> None:
     clear = transfer(tmp_path / "a", {32: (15, 12, 18), 128: (16, 11, 21)})
     assert clear["verdict"] == "holds"
     assert clear["values"] == {"seeds": 6, "comparisons": 2, "half_least": 15, "half_most": 15, "twice_least": 16,
-                               "twice_most": 16, "highest": 21, "percent": 40, "percent_high": 52.5, "apart": 2}  # fmt: skip
+                               "twice_most": 16, "highest": 21, "percent": 40, "percent_high": 52.5,
+                               "apart": 2}  # fmt: skip
     half = transfer(tmp_path / "b", {32: (2, 1, 3), 128: (16, 11, 21)})
     assert half["verdict"] == "holds when trained with views at 128 px by knn"
     assert transfer(tmp_path / "c", {32: (2, 1, 3), 128: (9, 7, 11)})["verdict"] == "not settled yet"
