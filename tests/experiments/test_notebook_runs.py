@@ -121,8 +121,7 @@ def test_a_dead_kernel_is_reported_and_not_waited_for(tmp_path):
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 OTHER_PARAMETERS = {
     "06_train.ipynb": {
-        "steps": 8, "batch_size": 8, "lr": 2e-3, "use_rope": False, "use_absolute": True, "regularizer": "variance",
-        "regularizer_weight": 0.1, "sizes": [64, 96], "seed": 3,
+        "steps": 8, "batch_size": 8, "objective": "both", "start": "", "positions": "absolute", "seed": 3,
     },
     "07_resolution_transfer.ipynb": {
         "steps": 2, "seed": 3, "patch_scale": 2, "positions": ["none", "hybrid", "hybrid_mixed"],
