@@ -6,7 +6,8 @@
     python -m benchmarks.evidence run --seeds 0 1 2 --split test-b --out results/primary/control --schemes none
     python -m benchmarks.evidence table results/primary --seeds 7    # primary.csv, secondary.csv, accuracy.csv, ..
 
-A seed takes about 25 minutes of one core and leaves seed-N.npz: which pictures each model read rightly, as packed bits.
+`run --data emoji` does the same on moved OpenMoji. A seed takes about 25 minutes of one core and leaves seed-N.npz:
+which pictures each model read rightly, as packed bits.
 `run` says nothing of what it read, and `table` refuses to look before all seeds are there. A run that was stopped goes
 on where it was; two processes may work on different seeds. Pictures come from the folder in HJEPA_DATA, or from data.
 Not covered: exploratory schemes and sizes, which are sweeps.
@@ -51,25 +52,31 @@ CELLS = {  # objective and training grids -> overrides
     "labels, one grid": LABELS,
     "labels, several grids": (*LABELS, "data.train_scales=[0.75,1.0,1.25]"),
 }
+DATA = {  # what differs from the recipe's pictures, and how often each test picture is placed on its canvas
+    "photographs": ((), 1),
+    "emoji": (("data.name=openmoji", "data.moved=true", "views.color_jitter=0.2", "views.grey=0.0"), 3),
+}
 LEAST, MOST, HALF_WIDTH = 5, 12, 2.0  # seeds, seeds, points to either side
 
 
-def configs_of(cell: str, seed: int, schemes: Sequence[str] = SCHEMES) -> dict[str, Config]:
+def configs_of(cell: str, seed: int, schemes: Sequence[str] = SCHEMES, data: str = "photographs") -> dict[str, Config]:
     """The configs of a cell, equal but for positions."""
-    root = os.environ.get("HJEPA_DATA", "data")
-    return scheme_configs(RECIPE, schemes, [*SHAPE, *CELLS[cell], f"train.seed={seed}", f"data.root={root}"])
+    root = f"data.root={os.environ.get('HJEPA_DATA', 'data')}"
+    return scheme_configs(RECIPE, schemes, [*SHAPE, *DATA[data][0], *CELLS[cell], f"train.seed={seed}", root])
 
 
-def run(seed: int, split: str, out: Path, runs: Path, schemes: Sequence[str] = SCHEMES) -> None:
+def run(
+    seed: int, split: str, out: Path, runs: Path, schemes: Sequence[str] = SCHEMES, data: str = "photographs"
+) -> None:
     """Train and read every cell of one seed, then write out/seed-N.npz and drop the run folders."""
-    kept, folder = {}, runs / f"seed-{seed}-{'-'.join(schemes)}"
+    kept, folder, placements = {}, runs / f"{data}-seed-{seed}-{'-'.join(schemes)}", DATA[data][1]
     for place, cell in enumerate(CELLS):
-        configs = configs_of(cell, seed, schemes)
+        configs = configs_of(cell, seed, schemes, data)
         done = folder / cell.replace(", ", "-").replace(" ", "-")
         train_all(configs, done, progress=False)
         config = configs[schemes[0]]
         everybody = readers(configs, done)
-        known, asked = load_split(config, "train"), load_split(config, split)
+        known, asked = load_split(config, "train"), load_split(config, split, placements)
         if place > 0:  # the random start is the same in every cell
             del everybody["random init"]
         elif seed == 0:  # baselines know nothing of cells and seeds
@@ -84,7 +91,7 @@ def run(seed: int, split: str, out: Path, runs: Path, schemes: Sequence[str] = S
             for (encoder, size, metric), each in hits.items() if metric in METRICS
         }  # fmt: skip
         print(f"seed {seed}: {cell} trained and read", flush=True)
-    save(kept, out / f"seed-{seed}.npz")
+    save(kept, out / f"seed-{seed}.npz", placements)
     shutil.rmtree(folder)
 
 
@@ -92,33 +99,35 @@ def key_of(cell: str, encoder: str, size: tuple[int, int], metric: str) -> str:
     return "; ".join((cell, encoder, size_text(size), metric))
 
 
-def save(hits: dict[str, np.ndarray], path: Path) -> None:
-    """Which pictures were read rightly, eight to a byte; `pictures` holds their number."""
+def save(hits: dict[str, np.ndarray], path: Path, placements: int = 1) -> None:
+    """Which pictures were read rightly, eight to a byte; `pictures` holds their number, all placements counted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     packed = {key: np.packbits(each) for key, each in hits.items()}
     count = len(next(iter(hits.values())))
     whole = path.with_name(f".{path.name}")  # numpy adds .npz to any other ending
-    np.savez_compressed(whole, pictures=np.array(count), **packed)  # type: ignore[arg-type]
+    np.savez_compressed(whole, pictures=np.array(count), placements=np.array(placements), **packed)  # type: ignore[arg-type]
     os.replace(whole, path)
 
 
 def rows_of(folder: Path, seeds: list[int]) -> Iterator[tuple[Row, np.ndarray]]:
-    """Rows with cell, encoder, size, metric, seed and value, each with the hits behind it."""
+    """Rows with cell, encoder, size, metric, seed and value, each with the hits behind it: of a picture on several
+    canvases the share."""
     missing = [seed for seed in seeds if not (folder / f"seed-{seed}.npz").exists()]
     if missing:
         raise UserError(f"{folder} lacks seeds {missing}; all of {seeds} must be there before any is looked at")
     for seed in seeds:
         with np.load(folder / f"seed-{seed}.npz", allow_pickle=False) as kept:
-            count = int(kept["pictures"])
+            count, placements = int(kept["pictures"]), int(kept["placements"]) if "placements" in kept else 1
+            same = torch.arange(count // placements).repeat(placements) if placements > 1 else None
             for key in kept.files:
-                if key == "pictures":
+                if key in ("pictures", "placements"):
                     continue
                 cell, encoder, size, metric = key.split("; ")
                 hit = np.unpackbits(kept[key], count=count).astype(bool)
-                value, low, high = bootstrap_interval(torch.from_numpy(hit))
+                value, low, high = bootstrap_interval(torch.from_numpy(hit), groups=same)
                 row = {"cell": cell, "seed": seed, "encoder": encoder, "size": size_pair(size), "metric": metric,
                        "value": value, "low": low, "high": high, "n": count}  # fmt: skip
-                yield row, hit
+                yield row, hit if same is None else hit.reshape(placements, -1).mean(axis=0)
 
 
 def comparisons() -> list[dict[str, Any]]:
@@ -139,25 +148,30 @@ def number_of_seeds(differences: np.ndarray) -> tuple[float, int]:
     return spread, next(enough, MOST)
 
 
-def found_in(folder: Path, seeds: list[int]) -> tuple[list[Row], list[Row]]:
-    """The rows, those of the control too, and the primary comparisons over seeds and pictures together."""
-    pairs = list(rows_of(folder, seeds))
+Pair = tuple[Row, np.ndarray]  # a row, and which pictures were read rightly
+
+
+def pairs_of(folder: Path, seeds: list[int]) -> tuple[list[Pair], list[Pair]]:
+    """What was read of the two schemes, and of the control without positions."""
     control = folder / "control"
-    others = [row for row, _ in rows_of(control, seeds_in(control)) if row["encoder"] == "none"]
+    others = [pair for pair in rows_of(control, seeds_in(control)) if pair[0]["encoder"] == "none"]
+    return list(rows_of(folder, seeds)), others
+
+
+def found_in(pairs: list[Pair]) -> list[Row]:
+    """The primary comparisons over seeds and pictures together."""
     hits = {(r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]): hit for r, hit in pairs}
-    rows = [row for row, _ in pairs]
     behind = lambda r: hits[r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]]  # noqa: E731
-    return rows + others, primary(rows, comparisons(), behind)
+    return primary([row for row, _ in pairs], comparisons(), behind)
 
 
-def secondary(folder: Path, seeds: list[int]) -> list[Row]:
+def secondary(pairs: list[Pair], others: list[Pair]) -> list[Row]:
     """Differences that were not among the sixteen, with 95 % intervals over seeds and pictures and no correction:
     rotation and embedding over the control and over one another at every size, and by how much the latter is larger
     at another size than at the training size."""
-    control = seeds_in(folder / "control")
-    others = [pair for pair in rows_of(folder / "control", control) if pair[0]["encoder"] == "none"]
-    pairs = [*rows_of(folder, seeds), *others]
-    hits = {(r["cell"], r["encoder"], r["size"], r["metric"], r["seed"]): np.asarray(hit, float) for r, hit in pairs}
+    seeds, control = (sorted({row["seed"] for row, _ in part}) for part in (pairs, others))
+    hits = {(r["cell"], r["encoder"], r["size"], r["metric"], r["seed"]): np.asarray(hit, float)
+            for r, hit in [*pairs, *others]}  # fmt: skip
 
     def over(cell: str, metric: str, size: int, a: str, b: str, common: list[int]) -> np.ndarray:
         at = size_pair(size)
@@ -205,6 +219,7 @@ def main(words: list[str] | None = None) -> int:
     running.add_argument("--split", choices=("validation", "test", "test-b"), required=True)
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    running.add_argument("--data", choices=tuple(DATA), default="photographs")
     running.add_argument("--schemes", nargs="+", default=SCHEMES, help="names of hjepa.experiments.transfer.SCHEMES")
     number = commands.add_parser("seeds", help="spread of a pilot and the number of seeds that follows")
     number.add_argument("folder", type=Path)
@@ -215,14 +230,15 @@ def main(words: list[str] | None = None) -> int:
     if given.command == "run":
         for seed in given.seeds:
             if not (given.out / f"seed-{seed}.npz").exists():
-                run(seed, given.split, given.out, given.runs, given.schemes)
+                run(seed, given.split, given.out, given.runs, given.schemes, given.data)
     elif given.command == "seeds":
         print("standard deviation {:.2f} points, pooled; {} seeds".format(*pilot(given.folder)))
     else:
-        rows, found = found_in(given.folder, list(range(given.seeds)))
+        pairs, others = pairs_of(given.folder, list(range(given.seeds)))
+        rows, found = [row for row, _ in [*pairs, *others]], found_in(pairs)
         rows_to_csv(rows, given.folder / "accuracy.csv")
         rows_to_csv(found, given.folder / "primary.csv")
-        rows_to_csv(secondary(given.folder, list(range(given.seeds))), given.folder / "secondary.csv")
+        rows_to_csv(secondary(pairs, others), given.folder / "secondary.csv")
         (given.folder / "summary.md").write_text(summary(found), encoding="utf-8")
         cells_figure(rows, 64).savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
     return 0

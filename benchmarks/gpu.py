@@ -114,7 +114,7 @@ class Step:
         torch.manual_seed(0)
         config, self.bench, self.dtype = bench.config(use_rope), bench, dtype
         model: Any = build_model(config).to(bench.device).train()
-        grid, self.plain = model.context_encoder.grid_size, model
+        grid, self.unwrapped = model.context_encoder.grid_size, model
         if cut:
             with _environment(ACCELERATE_USE_FSDP="true"):
                 accelerator = Accelerator(cpu=bench.device.type == "cpu")
@@ -134,7 +134,7 @@ class Step:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.plain.update_target(self.count)
+        self.unwrapped.update_target(self.count)
         self.count += 1
 
 

@@ -7,6 +7,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     nn.checks                             what callers hand to the layers, refused by name
     nn.masks                              patch grid -> context_idx, target_idx per level
     nn.frequencies nn.rotation nn.rope    positions -> frequencies -> rotation table
+    nn.alibi                              its competitor: scores biased by distance
     nn.attention nn.vit nn.encoders       timm attention rotated; ContextEncoder, TargetEncoder
     nn.timm_rope                          the same rotation in timm's own rotary models
     nn.predictor nn.losses nn.hjepa       queries (level, position) -> features; what prevents collapse; HJEPA
@@ -18,7 +19,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     train.sharding train.checkpoint       weights on disk, written whole or not at all
     hub pretrained                        load_run, exports; small encoders that come with the package
     evaluate.measures evaluate.readers    rank, spread, intervals; kNN, retrieval, linear probes
-    evaluate.results evaluate.transfer    rows of results; frozen features -> readings at any size
+    evaluate.results evaluate.transfer    rows of results; frozen features -> accuracy at any size
     evaluate.primary                      comparisons fixed beforehand: paired, with intervals and p-values
     evaluate.baselines evaluate.dense     thumbnails, colour histogram, HOG; places read from patch tokens
     evaluate.published                    published encoders of timm, read like ours
@@ -34,7 +35,10 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
 
 Glossary. B batch, N tokens, D width; H and W the PATCH GRID (never pixels), height first everywhere. context_idx and
 target_idx are row-major indices; is_masked is boolean, True = hidden. level l has cells of 2^l x 2^l patches. theta is
-the base of the rotation frequencies. A strategy says which positions a grid of another size gets.
+the base of the rotation frequencies. A strategy says which positions a grid of another size gets. A rotation table
+holds cosines and sines; a position embedding is learned and added; rows are results. A run is one training with its
+folder, or one execution of a sweep's notebook with its own. A reader (kNN, a probe) is fitted on frozen features; plain
+timm is timm without this package.
 """
 
 import importlib

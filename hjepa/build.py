@@ -7,9 +7,7 @@ Not covered: reading and checking configs (`hjepa.config`).
 from dataclasses import replace
 from typing import Any, cast
 
-from omegaconf import OmegaConf
-
-from .config import Config, patch_side
+from .config import Config, as_dicts, patch_side
 from .data.images import RGB, ImageData, load_data, seeded
 from .data.views import Crops, draw_crops
 from .inputs import users_own
@@ -22,14 +20,9 @@ from .train.schedule import generator_at, mix
 VIT_KEYS = ("patch_size", "embed_dim", "depth", "num_heads", "class_token", "act_layer")
 
 
-def plain(section: Any) -> dict[str, Any]:
-    """A config or a section of it as plain dicts and lists."""
-    return OmegaConf.to_container(section)  # type: ignore[return-value]
-
-
 def encoder_arguments(config: Config) -> dict[str, Any]:
     """The arguments of `create_encoder` that a config asks for, without the EMA schedule."""
-    model, rope = config.model, plain(config.model.rope)
+    model, rope = config.model, as_dicts(config.model.rope)
     use_rope, theta = rope.pop("use_rope"), rope.pop("theta")
     vit = {name: getattr(model, name) for name in VIT_KEYS}
     vit = {name: value for name, value in vit.items() if value is not None}
@@ -39,6 +32,7 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
         "use_rope": use_rope,
         "rope_theta": theta,
         "use_absolute": model.use_absolute,
+        "use_alibi": model.use_alibi,
         "rope": rope,
         "vit": vit,
     }
@@ -74,7 +68,7 @@ def build_model(config: Config, classes: int | None = None) -> HJEPA:
         predictor = _build_predictor(config, context) if masked else None
     with seeded(mix(config.train.seed, "projector")):
         viewed = config.objective in ("views", "both")
-        projector = build_projector(context.embed_dim, **plain(config.model.projector)) if viewed else None
+        projector = build_projector(context.embed_dim, **as_dicts(config.model.projector)) if viewed else None
         model = HJEPA(
             context,
             target,
@@ -99,11 +93,11 @@ def _build_predictor(config: Config, context: ContextEncoder) -> Predictor:
     arguments = encoder_arguments(config)
     return Predictor(
         context.embed_dim,
-        **plain(config.model.predictor),
+        **as_dicts(config.model.predictor),
         levels=len(config.model.level_weights),
         grid_size=context.grid_size,
         num_prefix_tokens=context.num_prefix_tokens,
-        **{name: arguments[name] for name in ("use_rope", "rope_theta", "use_absolute", "rope")},
+        **{name: arguments[name] for name in ("use_rope", "rope_theta", "use_absolute", "use_alibi", "rope")},
     )
 
 
@@ -113,7 +107,8 @@ def train_sizes(config: Config) -> list[int]:
     return [max(1, round(config.data.image_size * scale / patch)) * patch for scale in config.data.train_scales]
 
 
-def load_split(config: Config, split: str) -> ImageData:
+def load_split(config: Config, split: str, repeats: int = 1) -> ImageData:
+    """The pictures of a split, as `load_data` gives them; moved ones each in `repeats` places."""
     options = config.data
     data = load_data(
         options.name,
@@ -124,6 +119,7 @@ def load_split(config: Config, split: str) -> ImageData:
         limit=options.limit if split == "train" else None,
         on_corrupt=options.on_corrupt,
         moved=options.moved,
+        repeats=repeats,
         classes=options.classes,
     )
     return replace(
@@ -148,7 +144,7 @@ def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks |
     count = config.train.batch_size * (1 if config.objective == "masks" else config.views.large)
     if config.objective == "views":
         return sample_kept(count, grid_size, config.views.keep, generator)
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain(config.masks).items()}
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in as_dicts(config.masks).items()}
     levels = len(config.model.level_weights)
     return sample_masks(count, grid_size, levels=levels, generator=generator, **options)
 

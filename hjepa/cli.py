@@ -178,8 +178,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_published(arguments: argparse.Namespace) -> int:
-    from .build import plain
-    from .config import load_config
+    from .config import as_dicts, load_config
     from .data.images import DATASETS, load_data
     from .evaluate.baselines import baselines
     from .evaluate.published import published_encoders
@@ -196,9 +195,9 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
             model.check_size(size)
     side = max(max(size) for size in (home, *asked))
     splits = [load_data(name, split, root=root, path=arguments.path, image_size=side) for split in ("train", "test")]
-    reading = plain(load_config().evaluate) | {"sizes": asked}
+    options = as_dicts(load_config().evaluate) | {"sizes": asked}
     encoders = models | baselines(splits[0], home)
-    return _show_rows(resolution_transfer(encoders, *splits, train_size=home, progress=True, **reading), arguments)
+    return _show_rows(resolution_transfer(encoders, *splits, train_size=home, progress=True, **options), arguments)
 
 
 def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int:
@@ -221,7 +220,8 @@ def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int
 def _evaluate_runs(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .build import build_encoders, load_split, plain
+    from .build import build_encoders, load_split
+    from .config import as_dicts
     from .evaluate.baselines import baselines
     from .evaluate.transfer import resolution_transfer
 
@@ -240,15 +240,13 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     splits = [load_split(config, split) for split in ("train", "test")]
     encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
     torch.set_num_threads(config.train.threads)
-    reading = plain(config.evaluate)
-    reading["sizes"] = asked or reading["sizes"]
-    rows = resolution_transfer(encoders, *splits, train_size=size, progress=True, **reading)
+    options = as_dicts(config.evaluate)
+    options["sizes"] = asked or options["sizes"]
+    rows = resolution_transfer(encoders, *splits, train_size=size, progress=True, **options)
     if arguments.dense:
-        from .evaluate.dense import RawPatches, dense_transfer
+        from .evaluate.dense import dense_transfer, with_pixels
 
-        patches = {name: encoder for name, encoder in encoders.items() if hasattr(encoder, "patch_size")}
-        patches["raw pixels"] = RawPatches(patches["random init"].patch_size)
-        rows += dense_transfer(patches, *splits, train_size=size, sizes=reading["sizes"])
+        rows += dense_transfer(with_pixels(encoders), *splits, train_size=size, sizes=options["sizes"])
     return _show_rows(rows, arguments)
 
 
@@ -271,9 +269,9 @@ READ = ("name", "path", "image_size", "limit", "classes", "on_corrupt", "moved",
 
 def _named(runs: list[str]) -> dict[str, Path]:
     """Folders of runs, and of encoders that come with the package, by as many last parts as tell them apart."""
-    from .pretrained import WEIGHTS, list_pretrained
+    from .pretrained import folder_of
 
-    folders = [WEIGHTS / run if run in list_pretrained() else user_path(run).resolve() for run in runs]
+    folders = [folder_of(run).resolve() for run in runs]
     if len(set(folders)) < len(folders):
         raise UserError(f"--run: two folders have the same name: {', '.join(runs)}")
     parts = 1
@@ -297,7 +295,7 @@ def _other_data(data: Any, arguments: argparse.Namespace) -> None:
 
 
 def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
-    """Name -> encoder; with strategies, each RoPE run once per strategy."""
+    """Name -> encoder; with strategies, each run with relative positions once per strategy."""
     from .evaluate.transfer import with_strategy
     from .nn.rope import STRATEGIES
 
@@ -306,11 +304,11 @@ def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
         if word not in STRATEGIES:
             near = nearest(word, STRATEGIES) or "none"
             raise UserError(f"--strategy {word!r} is not one of {', '.join(STRATEGIES)}; nearest: {near}")
-    if wanted and not any(encoder.rope is not None for encoder, _ in loaded.values()):
-        raise UserError("--strategy is about RoPE, and no run given has it")
+    if wanted and not any(encoder.strategies for encoder, _ in loaded.values()):
+        raise UserError("--strategy is about RoPE and ALiBi, and no run given has either")
     views: dict[str, Any] = {}
     for name, (encoder, _) in loaded.items():
-        if wanted and encoder.rope is not None:
+        if wanted and encoder.strategies:
             views |= {f"{name} {word}": with_strategy(encoder, word) for word in wanted}
         else:
             views[name] = encoder

@@ -109,6 +109,7 @@ class ModelConfig:
     act_layer: str | None = key(None, choices=(None, "gelu", "gelu_tanh", "relu", "silu"))  # of the MLPs
     pretrained: bool = False  # start from timm's published weights
     use_absolute: bool = True  # keep the learned position embedding
+    use_alibi: bool = False  # bias attention by distance, 2-D ALiBi; on other grids by rope.strategy
     rope: RopeConfig = field(default_factory=RopeConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
@@ -190,6 +191,7 @@ class EvaluateConfig:
     sizes: list[Any] = key([32, 48, 64, 96, 128])  # pixels: a side, or "48x96"
     gallery: int = key(2000, at_least=1)  # training pictures that the readers are fitted on
     queries: int = key(1000, at_least=1)  # test pictures
+    few: int | None = key(None, at_least=2)  # also a probe fitted on so few pictures, probe_few
     knn_k: int = key(20, at_least=1)  # neighbours that vote
     pool: str = key("mean", choices=("mean", "pyramid"))  # mean of patch tokens; pyramid: that and a 2x2 grid of means
 
@@ -211,6 +213,11 @@ class Config:
 def default_config() -> Config:
     """The defaults, as a typed DictConfig."""
     return cast(Config, OmegaConf.structured(Config))
+
+
+def as_dicts(section: Any) -> dict[str, Any]:
+    """A config or a section of it as nested dicts and lists."""
+    return OmegaConf.to_container(section)  # type: ignore[return-value]
 
 
 def config_of(tree: Mapping[str, Any], where: str) -> Config:

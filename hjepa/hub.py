@@ -146,14 +146,14 @@ def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
     if not encoder.use_absolute:
         tokens = encoder.num_patches + (0 if vit.no_embed_class else encoder.num_prefix_tokens)
         weights["pos_embed"] = torch.zeros(1, tokens, encoder.embed_dim)
-    return weights if encoder.rope is None else weights | {MARKER: torch.ones(1)}
+    return weights if not encoder.strategies else weights | {MARKER: torch.ones(1)}
 
 
 def _export_config(encoder: Encoder, config: Config, state: dict[str, Any], which: str) -> dict[str, Any]:
     arguments = encoder_arguments(config)
     size = config.data.image_size
     return {
-        "architecture": arguments["encoder_type"] if encoder.rope is None else UNKNOWN + arguments["encoder_type"],
+        "architecture": arguments["encoder_type"] if not encoder.strategies else UNKNOWN + arguments["encoder_type"],
         "num_classes": 0,
         "num_features": encoder.embed_dim,
         "model_args": {"img_size": size, "dynamic_img_size": True, **timm_arguments(arguments["vit"])},

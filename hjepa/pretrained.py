@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import hub
+from .files import user_path
 from .inputs import nearest
 from .nn.encoders import ContextEncoder, TargetEncoder
 from .train.checkpoint import write_json
@@ -38,6 +39,11 @@ def load_pretrained(name: str) -> ContextEncoder | TargetEncoder:
         ValueError: no such name; the message has those there are, and the nearest.
     """
     return hub.load_pretrained(_folder(name))[0]
+
+
+def folder_of(name: str) -> Path:
+    """The folder of an encoder that comes with the package, or else the user's own of that path."""
+    return WEIGHTS / name if name in list_pretrained() else user_path(name)
 
 
 def _folder(name: str) -> Path:

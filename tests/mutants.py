@@ -73,6 +73,9 @@ MUTANTS = [
     Mutant("norm_pre dropped", "nn/encoders", "        x = self.vit.norm_pre(x)\n", "", "encoders"),
     Mutant("surplus tokens attended to", "nn/encoders", "attn_mask = ~keys[:, None, None, :]", "attn_mask = None", "context"),
     Mutant("coordinates augmented in eval mode", "nn/vit", "self.training and self.rope.augments", "self.rope.augments", "context"),
+    Mutant("ALiBi's heads all alike", "nn/alibi", "/ self.num_heads)\n", "/ self.num_heads) * 0 + 0.25\n", "alibi"),
+    Mutant("ALiBi lost beside a mask", "nn/alibi", "    return bias + attn_mask", "    return attn_mask", "alibi"),
+    Mutant("ALiBi in a picture of another size", "nn/alibi", "if self.strategy == \"interpolate\":", "if False:", "alibi"),
     # the target
     Mutant("EMA the wrong way round", "nn/encoders", "for n in floats], 1 - momentum)", "for n in floats], momentum)", "target"),
     Mutant("EMA momentum does not rise", "nn/encoders", "min(max(step / self.ema_steps, 0.0), 1.0)", "0.0", "target"),

@@ -103,7 +103,7 @@ def test_the_number_of_seeds_is_the_fewest_whose_interval_is_two_points_to_eithe
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/primary/primary.csv")), ids=str)
 def test_the_committed_table_follows_from_the_committed_readings(path):
     seeds = sorted(int(file.stem.split("-")[1]) for file in path.parent.glob("seed-*.npz"))
-    _, found = evidence.found_in(path.parent, seeds)
+    found = evidence.found_in(evidence.pairs_of(path.parent, seeds)[0])
     for row, made in zip(rows_from_csv(path), found, strict=True):
         assert {key: row[key] for key in ("comparison", "reader", "size", "seeds")} == {
             key: made[key] for key in ("comparison", "reader", "size", "seeds")

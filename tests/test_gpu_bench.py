@@ -31,7 +31,7 @@ def test_a_smoke_run_writes_numbers_that_call_themselves_smoke(section, tmp_path
 
 def test_the_step_that_is_timed_trains_and_moves_the_target():
     step = gpu.Step(gpu.Bench("cpu", smoke=True), True)
-    encoders = step.plain.context_encoder, step.plain.target_encoder
+    encoders = step.unwrapped.context_encoder, step.unwrapped.target_encoder
     before = [[p.clone() for p in encoder.parameters()] for encoder in encoders]
     step()
     for encoder, old in zip(encoders, before, strict=True):

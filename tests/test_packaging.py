@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 import hjepa
 from hjepa import build
+from hjepa import config as hjepa_config
 from hjepa.cli import main
 from hjepa.config import KEYS, load_config
 from hjepa.experiments.sweep import load_sweep
@@ -133,11 +134,12 @@ def test_every_config_key_is_read_by_building_training_and_evaluating(tiny, tmp_
     monkeypatch.setattr(DictConfig, "__getattr__", lambda self, key: record(self, key, attribute))
     monkeypatch.setattr(DictConfig, "__getitem__", lambda self, key: record(self, key, item))
 
-    def record_all(section, original=build.plain):  # a whole section becomes keyword arguments: none may be unknown
+    def record_all(section, original=build.as_dicts):  # a whole section becomes keyword arguments: none may be unknown
         read.update(section._get_full_key(key) for key in section)
         return original(section)
 
-    monkeypatch.setattr(build, "plain", record_all)
+    for module in (build, hjepa_config):
+        monkeypatch.setattr(module, "as_dicts", record_all)
     config = tiny("train.steps=2", "train.checkpoint_every=2", "model.rope.use_rope=true")
     assert not read & set(KEYS)  # reading and checking a config is not using it
     train(config, tmp_path / "run", progress=False)

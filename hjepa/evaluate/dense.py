@@ -38,6 +38,12 @@ class RawPatches:
         return F.unfold(images, self.patch_size, stride=self.patch_size).transpose(1, 2)
 
 
+def with_pixels(encoders: Mapping[str, EncoderLike]) -> dict[str, EncoderLike]:
+    """Those of the encoders that have patches, and "raw pixels": `RawPatches` of the same side as the last one's."""
+    patched = {name: encoder for name, encoder in encoders.items() if hasattr(encoder, "patch_size")}
+    return patched | {"raw pixels": RawPatches(next(reversed(patched.values())).patch_size)}  # type: ignore[attr-defined]
+
+
 def centres(grid_size: tuple[int, int]) -> Tensor:
     """Centres of the patches of a grid in picture coordinates, row-major: [H*W, 2], (row, column) in 0..1."""
     rows, columns = ((torch.arange(count) + 0.5) / count for count in grid_size)

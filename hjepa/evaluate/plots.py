@@ -33,7 +33,6 @@ COLORS = {
     "histogram": "#B3B3B3", "hog": "#333333",
     "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BLUE,
     "row": BLUE, "column": VERMILLION,
-    "views": BLUE, "both": GREEN, "masks": ORANGE,
     "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
 }  # fmt: skip
 BASELINES = ("random", "pixels", "histogram", "hog")  # drawn grey and dashed
@@ -41,6 +40,7 @@ MANY_LINES = 8  # as many as a panel can hold
 METRICS = {
     "probe": "linear probe accuracy\n(fitted at the training size)",
     "probe_fixed": "linear probe accuracy\n(weak fixed penalty, training size)",
+    "probe_few": "linear probe accuracy\n(few labels, training size)",
     "probe_refit": "linear probe accuracy\n(refitted at each size)",
     "knn": "kNN accuracy\n(gallery at the training size)",
     "retrieval": "same picture found at\nthe training size (fraction)",
@@ -56,8 +56,8 @@ METRICS = {
 
 def _key(name: str) -> str | None:
     """The longest name of COLORS inside a label: "RoPE, interpolated" -> "interpolate"."""
-    plain = re.sub("[-_]", " ", name.lower())
-    return max((key for key in COLORS if re.search(rf"\b{key.replace('_', ' ')}", plain)), key=len, default=None)
+    words = re.sub("[-_]", " ", name.lower())
+    return max((key for key in COLORS if re.search(rf"\b{key.replace('_', ' ')}", words)), key=len, default=None)
 
 
 def line_colors(names: Sequence[str]) -> dict[str, str]:

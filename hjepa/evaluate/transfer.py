@@ -34,6 +34,7 @@ from .readers import knn_accuracy, linear_probe, probe_hits, retrieval_hits
 EncoderLike = Callable[[Tensor], Tensor]
 Size = int | tuple[int, int]  # pixels; a pair is (height, width)
 POOLS = ("mean", "pyramid")
+DRAWS = 5  # of a few training pictures
 
 
 class Pictures(Protocol):
@@ -109,25 +110,29 @@ def _features(encoder: EncoderLike, images: Tensor, grid: tuple[int, int] | None
 
 
 class StrategyView:
-    """The same encoder read with another RoPE strategy: sets `encoder.rope.strategy` during each call only.
+    """The same encoder read with another strategy: sets that of `encoder.rope` and `encoder.alibi` during each call.
 
-    The old strategy is restored also when the call fails, so one set of weights can appear under several
-    names. ValueError if the encoder has no RoPE.
+    The old one is restored also when the call fails, so one set of weights can appear under several names. ValueError
+    if the encoder has neither.
     """
 
     def __init__(self, encoder: Any, strategy: str):
-        if getattr(encoder, "rope", None) is None:
-            raise UserError(f"strategy {strategy!r} needs an encoder with RoPE; this one has none")
+        parts = (getattr(encoder, name, None) for name in ("rope", "alibi"))
+        self.relative = [part for part in parts if part is not None]
+        if not self.relative:
+            raise UserError(f"strategy {strategy!r} needs an encoder with RoPE or ALiBi; this one has neither")
         self.encoder, self.strategy = encoder, strategy
         self.patch_size, self.num_prefix_tokens = encoder.patch_size, encoder.num_prefix_tokens
 
     def __call__(self, images: Tensor) -> Tensor:
-        rope = self.encoder.rope
-        before, rope.strategy = rope.strategy, self.strategy
+        before = [part.strategy for part in self.relative]
         try:
+            for part in self.relative:
+                part.strategy = self.strategy
             return self.encoder(images)
         finally:
-            rope.strategy = before
+            for part, own in zip(self.relative, before, strict=True):
+                part.strategy = own
 
 
 def with_strategy(encoder: Any, strategy: str) -> StrategyView:
@@ -161,6 +166,7 @@ def resolution_transfer(
     sizes: Sequence[Size],
     gallery: int | None = None,
     queries: int | None = None,
+    few: int | None = None,
     knn_k: int = 20,
     pool: str = "mean",
     refit: bool = True,
@@ -175,13 +181,14 @@ def resolution_transfer(
     Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures, all placements of one
     together):
     probe, knn            fitted on `train` pictures at train_size
+    probe_few             fitted on `few` of those pictures, DRAWS times; a picture counts by its share of hits
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
     retrieval, cka        against the same test pictures at train_size
     effective_rank, feature_std
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
     train_size is read even if not in `sizes`. Pictures of one class have no probe and no kNN.
     tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
-    pictures were read rightly: bool [n]. ValueError, before any work, on a size that
+    pictures were read rightly: bool [n], of probe_few float. ValueError, before any work, on a size that
     is no multiple of an encoder's patch.
     """
     home = size_pair(train_size)
@@ -196,6 +203,8 @@ def resolution_transfer(
     same = _same_picture(test, test_index)
     k, rows = min(knn_k, len(train_index)), []
     fitted: dict[str, tuple[Pipeline, Tensor, Tensor]] = {}  # name -> probe, train and test features
+    draws = [subset(len(train_index), few, seed + draw) for draw in range(DRAWS if few and labelled else 0)]
+    on_few: dict[str, list[Pipeline]] = {}
     for size in tqdm(asked, desc="image sizes", disable=not progress):
         seen = _encode_all(encoders, test, size, test_index, pool, batch_size)
         known = _encode_all(encoders, train, size, train_index, pool, batch_size) if refit or size == home else {}
@@ -203,6 +212,7 @@ def resolution_transfer(
             here = linear_probe(known[name], y_train) if name in known and labelled else None
             if size == home:
                 fitted[name] = (here, known[name], x)
+                on_few[name] = [linear_probe(known[name][draw], y_train[draw]) for draw in draws]
             probe, x_train, x_home = fitted[name]
             right = {"retrieval": retrieval_hits(x, x_home)}
             if labelled:
@@ -212,6 +222,9 @@ def resolution_transfer(
                     **right,
                     **({"probe_refit": probe_hits(here, x, y_test)} if refit else {}),
                 }
+                if draws:
+                    shares_few = [probe_hits(reader, x, y_test).double() for reader in on_few[name]]
+                    right["probe_few"] = torch.stack(shares_few).mean(0)
             if hits is not None:
                 hits |= {(name, size, metric): each for metric, each in right.items()}
             shares = {metric: bootstrap_interval(each, seed=seed, groups=same) for metric, each in right.items()}

@@ -15,10 +15,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ..build import build_encoders, load_split, plain
-from ..config import Config, load_config
+from ..build import build_encoders, load_split
+from ..config import Config, as_dicts, config_of, load_config
 from ..evaluate.baselines import baselines
-from ..evaluate.dense import RawPatches, dense_transfer
+from ..evaluate.dense import dense_transfer, with_pixels
 from ..evaluate.results import Row
 from ..evaluate.transfer import resolution_transfer, with_strategy
 from ..hub import load_run
@@ -64,30 +64,24 @@ def train_all(
     if parallel == 1 or len(jobs) == 1:
         return {run.name: train(config, run, resume=True, progress=progress) for config, run in jobs}
     with ProcessPoolExecutor(min(parallel, len(jobs)), get_context("spawn")) as pool:
-        started = [pool.submit(_train, plain(config), run) for config, run in jobs]
+        started = [pool.submit(_train, as_dicts(config), run) for config, run in jobs]
         return {run.name: job.result() for (_, run), job in zip(jobs, started, strict=True)}
 
 
 def _train(tree: dict[str, Any], run: Path) -> dict[str, Any]:
     """`train` in a process of its own, from a config as plain values."""
-    from omegaconf import OmegaConf
-
-    from ..config import Config as Structure
-
-    config: Any = OmegaConf.merge(OmegaConf.structured(Structure), tree)
-    return train(config, run, resume=True, progress=False)
+    return train(config_of(tree, str(run)), run, resume=True, progress=False)
 
 
 def readers(configs: Mapping[str, Config], folder: str | Path, strategies: Sequence[str] = ("interpolate",)) -> dict:
-    """Name -> encoder: every trained one, those with rotation once per strategy, and the first one's random start."""
+    """Name -> encoder: every trained one, relative positions once per strategy, and the first one's random start."""
     found: dict[str, Any] = {}
     for name in configs:
         encoder = load_run(Path(folder) / name)[0]
-        if encoder.rope is None:
+        if not encoder.strategies:
             found[{"absolute": "absolute, resampled"}.get(name, name)] = encoder
             continue
-        fitting = [s for s in strategies if encoder.rope.kind != "mixed" or not s.startswith("ntk")]  # needs a theta
-        for strategy in fitting or strategies:
+        for strategy in [s for s in strategies if s in encoder.strategies] or encoder.strategies[:1]:
             found[f"{name}, {READ_AS.get(strategy, strategy)}"] = with_strategy(encoder, strategy)
     first = next(iter(configs.values()))
     return found | {"random init": build_encoders(first)[1].eval()}
@@ -102,37 +96,21 @@ def read_all(
     split: str = "test",
     progress: bool = False,
     hits: dict[Any, Any] | None = None,
+    dense: bool = False,
 ) -> list[Row]:
     """Rows of `resolution_transfer` for every trained encoder beside its random start and the simple baselines.
 
-    sizes: pixels, beside the training size. hits receives which test pictures were right (`resolution_transfer`), for
-    intervals over seeds and pictures together. gallery, queries, knn_k and pool are those of the first config.
+    dense: also those of `dense_transfer`, for which all patches must have one side. sizes: pixels, beside the training
+    size. hits receives which test pictures were right (`resolution_transfer`), for intervals over seeds and pictures
+    together. gallery, queries, knn_k and pool are those of the first config.
     """
     config = next(iter(configs.values()))
     known, asked = load_split(config, "train"), load_split(config, split)
-    size, options = config.data.image_size, plain(config.evaluate)
+    size, options = config.data.image_size, as_dicts(config.evaluate)
     options.pop("sizes")
     simple = baselines(known, size)
     everybody = {**readers(configs, folder, strategies), **simple}
-    return resolution_transfer(
+    rows = resolution_transfer(
         everybody, known, asked, train_size=size, sizes=sizes, refit=False, progress=progress, hits=hits, **options
     )
-
-
-def dense_all(
-    configs: Mapping[str, Config],
-    folder: str | Path,
-    sizes: Sequence[Any],
-    *,
-    strategies: Sequence[str] = ("interpolate", "extrapolate"),
-    split: str = "test",
-) -> list[Row]:
-    """Rows of `dense_transfer` for the encoders of `read_all`, their random start and the pixels of a patch.
-
-    All patches must have one side.
-    """
-    config = next(iter(configs.values()))
-    known, asked = load_split(config, "train"), load_split(config, split)
-    everybody = readers(configs, folder, strategies)
-    everybody["raw pixels"] = RawPatches(everybody["random init"].patch_size)
-    return dense_transfer(everybody, known, asked, train_size=config.data.image_size, sizes=sizes)
+    return rows + dense_transfer(with_pixels(everybody), known, asked, train_size=size, sizes=sizes) if dense else rows

@@ -9,6 +9,8 @@ Four modes of telling a token where it is, from two switches:
     True          True       hybrid: both, which is what the report's `use_rope=True` means
     False         False      none: a bag of patches
 
+A third, use_alibi, biases the scores by distance: a competitor of the rotation (`alibi.py`).
+
 Tokens hidden from the context encoder are dropped, not zeroed: they cost nothing and nobody attends to them. The kept
 ones take their true positions along. With RoPE off and no tokens dropped the output is plain timm's
 `forward_features`, bit for bit in float32 (in half precision see `attention.py`).
@@ -25,7 +27,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..inputs import patch_grid
+from .alibi import ALiBi2D, with_bias
 from .checks import as_masked, check_index, check_masked, square_patch
+from .frequencies import STRATEGIES
 from .rope import VisionRoPE2D
 from .vit import GridViT, add_rope, block_weights, build_vit, freeze_head, run_block
 
@@ -42,6 +46,7 @@ class _Encoder(nn.Module):
         rope_theta: float = 10000.0,
         *,
         use_absolute: bool = True,
+        use_alibi: bool = False,
         rope: Mapping[str, Any] | None = None,
         vit: Mapping[str, Any] | None = None,
         use_gradient_checkpointing: bool = False,
@@ -58,7 +63,14 @@ class _Encoder(nn.Module):
         if not use_absolute:
             self.vit.pos_embed = None
         self.rope = self._add_rope(rope_theta, dict(rope or {})) if use_rope else None
+        self.alibi = self._add_alibi((rope or {}).get("strategy", "extrapolate")) if use_alibi else None
         self.vit.set_grad_checkpointing(use_gradient_checkpointing)
+
+    def _add_alibi(self, strategy: str) -> ALiBi2D:
+        first: Any = self.vit.blocks[0].attn
+        alibi = ALiBi2D(first.num_heads, self.grid_size, strategy)
+        self.vit.__dict__["alibi"] = alibi
+        return alibi
 
     def _add_rope(self, theta: float, options: dict[str, Any]) -> VisionRoPE2D:
         first: Any = self.vit.blocks[0].attn
@@ -97,6 +109,12 @@ class _Encoder(nn.Module):
         """Patches of the training grid."""
         return self.grid_size[0] * self.grid_size[1]
 
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """How it can be read on other grids (`STRATEGIES`); none without relative positions."""
+        fitting = [set(where.strategies) for where in (self.rope, self.alibi) if where is not None]
+        return tuple(s for s in STRATEGIES if fitting and s in set.intersection(*fitting))
+
     def get_patch_size(self) -> int:
         """`patch_size`."""
         return self.patch_size
@@ -131,7 +149,7 @@ class _Encoder(nn.Module):
             context_idx: `[B, n]`, the patches to keep of each sample (row-major indices); the others are dropped.
             is_masked: `[B, N]` booleans, True = hidden. The same by a mask: the output keeps all N places, and hidden
                 ones hold zeros.
-            positions: `[N, 2]` or `[B, N, 2]`, (row, column) in patches, in place of the grid's; RoPE only.
+            positions: `[N, 2]` or `[B, N, 2]`, (row, column) in patches, in place of the grid's; RoPE and ALiBi only.
             mask: another name of `is_masked`, which may also hold numbers, 1 = hidden and 0 = seen.
 
         Returns:
@@ -167,7 +185,8 @@ class _Encoder(nn.Module):
             x = torch.cat((prefix, patches.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))), dim=1)
         x = self.vit.norm_pre(x)
         tables = self.vit.tables(x.shape[0], grid, x.device, index=index, positions=positions)
-        return self.vit.norm(self._run_blocks(x, tables, attn_mask))
+        bias = self.vit.bias(grid, x, index=index, positions=positions)
+        return self.vit.norm(self._run_blocks(x, tables, with_bias(bias, attn_mask)))
 
     def _run_blocks(self, x: Tensor, tables: list[Tensor | None], attn_mask: Tensor | None) -> Tensor:
         saving = self.vit.grad_checkpointing and self.training and torch.is_grad_enabled()
@@ -201,10 +220,10 @@ class _Encoder(nn.Module):
         """Attention weights of every layer, `[B, heads, prefix + N, prefix + N]` each, RoPE or not, for pictures."""
         grid = self.image_grid(images)
         x = self.vit.norm_pre(self.vit.embed(images))
-        maps = []
+        maps, bias = [], self.vit.bias(grid, x)
         for block, table in zip(self.vit.blocks, self.vit.tables(len(x), grid, x.device), strict=False):
-            maps.append(block_weights(block, x, table))
-            x = run_block(block, x, table, None)
+            maps.append(block_weights(block, x, table, bias))
+            x = run_block(block, x, table, bias)
         return maps
 
 
@@ -306,6 +325,9 @@ def _position_settings(encoder: _Encoder) -> dict[str, Any]:
     """What decides on positions and is in no state dict."""
     rope = encoder.rope
     found: dict[str, Any] = {"use_rope": rope is not None, "use_absolute": encoder.use_absolute}
+    found["use_alibi"] = encoder.alibi is not None
+    if encoder.alibi is not None:
+        found |= {"strategy of ALiBi": encoder.alibi.strategy, "grid_size": encoder.alibi.grid_size}
     if rope is None:
         return found
     found |= {name: getattr(rope, name) for name in ("kind", "coordinates", "fraction", "strategy")}
@@ -326,6 +348,7 @@ def create_encoder(
     rope_theta: float = 10000.0,
     *,
     use_absolute: bool = True,
+    use_alibi: bool = False,
     rope: Mapping[str, Any] | None = None,
     vit: Mapping[str, Any] | None = None,
     ema_start: float = 0.996,
@@ -342,6 +365,7 @@ def create_encoder(
         use_rope: rotate queries and keys.
         rope_theta: base of RoPE's frequencies.
         use_absolute: keep the learned position embedding. With use_rope this is the hybrid of the report.
+        use_alibi: bias the scores by distance (`ALiBi2D`), under rope's strategy.
         rope: more options of VisionRoPE2D (kind, strategy, learnable, ..).
         vit: more options of timm's VisionTransformer (patch_size, embed_dim, depth, num_heads, class_token, ..).
         ema_start, ema_end, ema_steps: the target's momentum schedule.
@@ -350,7 +374,7 @@ def create_encoder(
     Raises:
         ValueError: a model, size or option that does not fit, naming the value and what is allowed.
     """
-    kwargs: dict[str, Any] = dict(use_absolute=use_absolute, rope=rope, vit=vit)
+    kwargs: dict[str, Any] = dict(use_absolute=use_absolute, use_alibi=use_alibi, rope=rope, vit=vit)
     saving = use_gradient_checkpointing
     context = ContextEncoder(
         encoder_type, img_size, pretrained, use_rope, rope_theta, use_gradient_checkpointing=saving, **kwargs

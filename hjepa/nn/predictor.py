@@ -21,6 +21,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from .alibi import ALiBi2D
 from .rope import VisionRoPE2D
 from .vit import add_rope, run_block, widen_half
 
@@ -43,6 +44,7 @@ class Predictor(nn.Module):
         num_prefix_tokens: prefix tokens at the front of the context.
         use_rope, rope_theta, rope: as in `create_encoder`; the head dim is the predictor's own.
         use_absolute: add the sine-cosine code of the position to context tokens and queries.
+        use_alibi: bias the scores by distance, as in `create_encoder`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Predictor(nn.Module):
         use_rope: bool = False,
         rope_theta: float = 10000.0,
         use_absolute: bool = True,
+        use_alibi: bool = False,
         rope: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -71,6 +74,8 @@ class Predictor(nn.Module):
         self.head = nn.Linear(embed_dim, encoder_dim)
         self.apply(_init_weights)
         nn.init.trunc_normal_(self.level_token, std=0.02)
+        strategy = (rope or {}).get("strategy", "extrapolate")
+        self.alibi = ALiBi2D(num_heads, grid_size, strategy) if use_alibi else None
         self.rope = None
         if use_rope:
             options = dict(rope or {}) | {"num_heads": num_heads, "num_layers": depth}
@@ -111,8 +116,11 @@ class Predictor(nn.Module):
         tables: list[Tensor | None] = [None] * len(self.blocks)
         if self.rope is not None:
             tables = list(self.rope.tables(grid, positions=positions))
+        bias = None
+        if self.alibi is not None:
+            bias = self.alibi(grid, positions=positions, prefix=self.num_prefix_tokens).to(x.dtype)
         for block, table in zip(self.blocks, tables, strict=True):
-            x = run_block(block, x, table, None)
+            x = run_block(block, x, table, bias)
         x = self.head(self.norm(x[:, context.shape[1] :]))
         return x.split([p.shape[1] for p in query_positions], dim=1)
 

@@ -119,6 +119,13 @@ class VisionRoPE2D(nn.Module):
         self._strategy = value
 
     @property
+    def strategies(self) -> tuple[str, ...]:
+        """Those of STRATEGIES that `strategy` may be set to."""
+        if self.coordinates == "normalized":
+            return ("extrapolate",)
+        return STRATEGIES if self.kind == "axial" else ("extrapolate", "interpolate")
+
+    @property
     def theta(self) -> float:
         """The (first layer's) base now, learned or given."""
         return self.thetas[0] if self.log_theta is None else float(self.log_theta.detach()[0].exp())

@@ -26,7 +26,8 @@ ARCHITECTURE = "vit_small_patch16_rope_224"  # an Eva whose every option is give
 def rotary_arguments(encoder: Any) -> dict[str, Any] | None:
     """timm's options that rotate as `encoder` does, for ARCHITECTURE; None where timm has none."""
     rope, vit = encoder.rope, encoder.vit
-    if rope.kind == "fixed" or rope.fraction != 1 or (rope.per_layer and rope.kind == "axial"):
+    by_layer = rope.per_layer and rope.kind == "axial"
+    if encoder.alibi is not None or rope.kind == "fixed" or rope.fraction != 1 or by_layer:
         return None
     if rope.coordinates == "normalized":
         kind: dict[str, Any] = {"rope_type": "dinov3", "rope_rotate_half": True}

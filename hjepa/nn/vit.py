@@ -22,6 +22,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..inputs import nearest, whole_patches
+from .alibi import ALiBi2D, with_bias
 from .attention import PlainAttention, RoPEAttentionWrapper, adopt, heads, weights
 from .checks import check_positions
 from .rope import VisionRoPE2D
@@ -148,7 +149,8 @@ def freeze_head(vit: VisionTransformer) -> None:
 class GridViT(VisionTransformer):
     """timm's VisionTransformer, with the rotation tables of the grid of the pictures it is given."""
 
-    rope: VisionRoPE2D | None = None  # belongs to the encoder, is not a child
+    rope: VisionRoPE2D | None = None  # both belong to the encoder, and are no children
+    alibi: ALiBi2D | None = None
 
     def image_grid(self, images: Tensor) -> tuple[int, int]:
         """Patch grid of `images` `[B, C, h, w]`. Raises ValueError where the size is not a multiple of the patch."""
@@ -179,14 +181,26 @@ class GridViT(VisionTransformer):
     ) -> list[Tensor | None]:  # fmt: skip
         """One rotation table per block, or None per block with RoPE off. ValueError on positions that do not fit."""
         if self.rope is None:
-            if positions is not None:
-                raise ValueError("positions need RoPE: build the encoder with use_rope=True")
+            if positions is not None and self.alibi is None:
+                raise ValueError("positions need RoPE or ALiBi: build the encoder with use_rope=True")
             return [None] * len(self.blocks)
         if positions is None and self.training and self.rope.augments:
             positions = self.rope.augment(self.rope.positions(grid, device), grid)
         if positions is not None:
             check_positions(positions, batch, grid)
         return list(self.rope.tables(grid, positions=positions, index=index, device=device))
+
+    def bias(
+        self, grid: tuple[int, int], x: Tensor, *, index: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor | None:
+        """ALiBi's bias on the scores, of all blocks: `[1 or B, heads, prefix + N, prefix + N]`; None without ALiBi.
+
+        x has the device and the precision that it is for.
+        """
+        if self.alibi is None:
+            return None
+        where: dict[str, Any] = dict(positions=positions, index=index, device=x.device)
+        return self.alibi(grid, prefix=self.num_prefix_tokens, **where).to(x.dtype)
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """timm's, on images `[B, C, h, w]` of any size: `[B, prefix + N, D]`, what the encoder gives."""
@@ -199,12 +213,12 @@ class GridViT(VisionTransformer):
     def _at(self, images: Tensor) -> "GridViT":
         """This transformer with every block bound to its table for these images' grid, for timm's own loops."""
         grid = self.image_grid(images)
-        if self.rope is None:
+        if self.rope is None and self.alibi is None:
             return self
-        tables = self.tables(images.shape[0], grid, images.device)
+        tables, bias = self.tables(images.shape[0], grid, images.device), self.bias(grid, images)
         view = type(self).__new__(type(self))
         rest = {name: module for name, module in self._modules.items() if name != "blocks"}
-        bound = _Blocks(partial(block, table=table) for block, table in zip(self.blocks, tables, strict=False))
+        bound = _Blocks(partial(_bound, block, table, bias) for block, table in zip(self.blocks, tables, strict=False))
         view.__dict__.update(self.__dict__ | {"_modules": rest, "blocks": bound})
         return view
 
@@ -254,10 +268,20 @@ def run_block(block: nn.Module, x: Tensor, table: Tensor | None, attn_mask: Tens
     return block(x, attn_mask) if table is None else block(x, attn_mask, table=table)
 
 
-def block_weights(block: Any, x: Tensor, table: Tensor | None) -> Tensor:
+def _bound(
+    block: nn.Module, table: Tensor | None, bias: Tensor | None,
+    x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """A block that knows where its tokens are, as timm's loops call it."""
+    if is_causal:
+        raise ValueError("is_causal=True has no meaning on a 2-D grid")
+    return run_block(block, x, table, with_bias(bias, attn_mask))
+
+
+def block_weights(block: Any, x: Tensor, table: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """The attention weights `[B, heads, N, N]` that a block would use on `x`, without dropout."""
     attn, x = block.attn, block.norm1(x)
     if table is not None:
-        return attn.attention_weights(x, table=table)
+        return attn.attention_weights(x, bias, table=table)
     q, k, _, _ = heads(attn, x)
-    return weights(q, k, attn.scale)
+    return weights(q, k, attn.scale, bias)

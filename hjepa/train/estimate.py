@@ -92,9 +92,9 @@ def _shapes_alone() -> Iterator[None]:
 
 def _model(config: Config) -> Any:
     classes = len(load_split(config, "train").classes) if config.objective == "labels" else None
-    plain = config.copy()  # type: ignore[attr-defined]
-    plain.model.pretrained = False
-    return build_model(plain, classes).train()
+    without = config.copy()  # type: ignore[attr-defined]
+    without.model.pretrained = False
+    return build_model(without, classes).train()
 
 
 def _arguments(config: Config, grid: tuple[int, int], rows: slice) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from ..files import hold, user_path
 from ..inputs import UserError, patch_grid
 from ..nn.encoders import TargetEncoder
 from ..nn.hjepa import HJEPA
-from ..pretrained import WEIGHTS, list_pretrained
+from ..pretrained import folder_of, list_pretrained
 from .checkpoint import STATE, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
 from .feed import Feed
 from .log import RunLog, check_run_dir, log_columns, note_versions, summary
@@ -134,23 +134,23 @@ class _Run:
         options = self.config.train
         if options.optimizer == "muon" and fsdp_plugin(self.precision) is not None:
             raise ValueError("train.optimizer=muon is not for matrices cut over processes (FSDP); nearest: adamw")
-        self.plain = build_model(self.config, len(self.train_data.classes))
+        self.unwrapped = build_model(self.config, len(self.train_data.classes))
         if options.init_from and not self.last_good:
-            _start_from(options.init_from, self.plain)
+            _start_from(options.init_from, self.unwrapped)
 
         def optimizer() -> torch.optim.Optimizer:
             return build_optimizer(
-                self.plain, kind=options.optimizer, lr=options.lr, muon_lr=options.muon_lr,
+                self.unwrapped, kind=options.optimizer, lr=options.lr, muon_lr=options.muon_lr,
                 weight_decay=options.weight_decay,
             )  # fmt: skip
 
-        self.model, self.optimizer = prepare(self.accelerator, self.plain, optimizer)
-        self.plain = self.accelerator.unwrap_model(self.model)
+        self.model, self.optimizer = prepare(self.accelerator, self.unwrapped, optimizer)
+        self.unwrapped = self.accelerator.unwrap_model(self.model)
         state: dict[str, Any] = {"step": 0, "extra": {}}
         if self.last_good:
-            state = load_checkpoint(self.last_good, self.plain, self.optimizer.optimizer)
+            state = load_checkpoint(self.last_good, self.unwrapped, self.optimizer.optimizer)
         for side in train_sizes(self.config):
-            patch_grid(side, self.plain.context_encoder.patch_size)
+            patch_grid(side, self.unwrapped.context_encoder.patch_size)
             draw_masks(self.config, self.grid(side), 0)  # a grid too small for the masks is an error now, not later
         if self.accelerator.scaler is not None and "scaler" in state["extra"]:
             self.accelerator.scaler.load_state_dict(state["extra"]["scaler"])
@@ -190,14 +190,14 @@ class _Run:
             self.train_data,
             range(self.start, self.config.train.steps),
             self.rows,
-            self.plain.context_encoder.patch_size,
+            self.unwrapped.context_encoder.patch_size,
             self.accelerator.device,
             torch.bfloat16 if half else torch.float32,
         ))  # fmt: skip
 
     def grid(self, side: int) -> tuple[int, int]:
         """The patch grid of a square image of that side."""
-        return (side // self.plain.context_encoder.patch_size,) * 2
+        return (side // self.unwrapped.context_encoder.patch_size,) * 2
 
     def step(self, step: int, feed: Iterator[dict[str, Any]], logging: bool = True) -> dict[str, Any]:
         """One optimiser step over the global batch; returns its log row, without feature_std if not logging."""
@@ -220,12 +220,12 @@ class _Run:
                     grad_norm = self.update(step)
         momentum = None
         if not self.accelerator.optimizer_step_was_skipped:
-            momentum = self.plain.update_target(step)
+            momentum = self.unwrapped.update_target(step)
         row = {
             "step": step + 1,
             "loss": loss,
             **{f"loss_level_{level}": value for level, value in enumerate(levels)},
-            **({"loss_views": views} if self.plain.projector is not None else {}),
+            **({"loss_views": views} if self.unwrapped.projector is not None else {}),
             "regularizer": regularizer,
             "cosine": cosine,
             "grad_norm": grad_norm,
@@ -277,9 +277,9 @@ class _Run:
         return measures
 
     def whole_target(self) -> TargetEncoder:
-        if not is_sharded(self.plain):
-            return self.plain.target_encoder
-        weights = whole_weights(self.plain.target_encoder)
+        if not is_sharded(self.unwrapped):
+            return self.unwrapped.target_encoder
+        weights = whole_weights(self.unwrapped.target_encoder)
         target = build_encoders(self.config)[1]
         if self.main:
             target.load_state_dict(weights)
@@ -303,7 +303,7 @@ class _Run:
 
     def save(self, step: int) -> None:
         optimizer = self.optimizer.optimizer
-        model: Any = self.plain
+        model: Any = self.unwrapped
         if is_sharded(model):
             model, optimizer = whole_weights(model), whole_optimizer(model, optimizer)
         if self.main:
@@ -319,7 +319,7 @@ class _Run:
     def finish(self, seconds: float) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
         if self.main:
-            encoder = self.plain.context_encoder
+            encoder = self.unwrapped.context_encoder
             metrics = {
                 **summary(self.log.rows),
                 "width": encoder.embed_dim,
@@ -338,15 +338,15 @@ class _Run:
 def _start_from(name: str, model: HJEPA) -> None:
     """Set the weights that train.init_from names: a checkpoint's or a run's, or those of an encoder alone, one that
     comes with the package or an export, in both encoders."""
-    folder = user_path(name)
-    if name not in list_pretrained() and not (folder / hub.CONFIG).is_file():
+    folder = folder_of(name)
+    if not (folder / hub.CONFIG).is_file():
         found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
         if found is None:
             what = f"neither a run with checkpoints nor a checkpoint, nor one of {', '.join(list_pretrained())}"
             raise FileNotFoundError(f"train.init_from={name}: {what}")
         load_checkpoint(found, model)
         return
-    encoder = hub.load_pretrained(WEIGHTS / name if name in list_pretrained() else folder)[0]
+    encoder = hub.load_pretrained(folder)[0]
     try:
         model.target_encoder.copy_from_context_encoder(encoder)
         model.context_encoder.load_state_dict(encoder.state_dict())

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hjepa.evaluate.readers import linear_probe
 from hjepa.evaluate.transfer import (
+    DRAWS,
     _narrow,
     effective_rank,
     encode,
@@ -118,6 +121,29 @@ def test_raw_pixels_of_a_larger_image_average_over_every_source_pixel():
         assert raw_pixels(16)(dot).sum() / 3 == pytest.approx(1 / 16, rel=0.05)  # one pixel of 4x4, wherever
 
 
+def test_a_probe_of_few_pictures_is_the_mean_of_probes_fitted_on_seeded_draws_of_them():
+    """Against the draws made by hand; with as many as there are it is the probe."""
+    data, asked, encoder = Colours(60, 0), Colours(200, 1), PatchMeans()
+    hits: dict = {}
+    read = lambda few: resolution_transfer(  # noqa: E731
+        {"e": encoder}, data, asked, train_size=8, sizes=[16], few=few, refit=False, hits=hits
+    )
+    assert all(row["metric"] != "probe_few" for row in read(None))
+    whole = read(60)
+    for size in ((8, 8), (16, 16)):
+        assert _value(whole, metric="probe_few", size=size) == _value(whole, metric="probe", size=size)
+    rows = read(6)
+    features = {side: encode(encoder, of.at_size((side, side))) for side, of in ((8, data), (16, asked))}
+    right = []
+    for draw in range(DRAWS):
+        index = torch.randperm(60, generator=torch.Generator().manual_seed(draw))[:6].sort().values
+        probe = linear_probe(features[8][index], data.labels[index])
+        right.append(probe.predict(features[16].numpy()) == asked.labels.numpy())
+    assert hits["e", (16, 16), "probe_few"].numpy() == pytest.approx(np.mean(right, axis=0))
+    assert _value(rows, metric="probe_few", size=(16, 16)) == pytest.approx(np.mean(right))
+    assert np.unique(np.sum(right, axis=1)).size > 1, "draws that read differently"
+
+
 class _Rope:
     strategy = "extrapolate"
 
@@ -156,8 +182,8 @@ def test_strategy_view_of_an_encoder_is_read_in_eval_mode():
     assert encoder.seen == [(False, False)] and encoder.training
 
 
-def test_strategy_needs_rope():
-    with pytest.raises(ValueError, match="has none"):
+def test_strategy_needs_relative_positions():
+    with pytest.raises(ValueError, match="has neither"):
         with_strategy(PatchMeans(), "ntk")
 
 

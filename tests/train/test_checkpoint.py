@@ -330,7 +330,13 @@ def test_timm_s_own_rotary_model_gives_what_a_rotary_export_was_trained_to_give(
 
 
 @pytest.mark.parametrize(
-    "options", [("model.rope.strategy=interpolate", "model.class_token=true"), ("model.rope.strategy=ntk_by_parts",)]
+    "options",
+    [
+        ("model.rope.strategy=interpolate", "model.class_token=true"),
+        ("model.rope.strategy=ntk_by_parts",),
+        ("model.use_alibi=true",),
+        ("model.rope.use_rope=false", "model.use_alibi=true"),
+    ],
 )
 def test_timm_refuses_an_export_that_it_would_not_rotate_alike(tiny, tmp_path, options):
     make_run(tiny(*ROPE, *options), tmp_path / "run")
