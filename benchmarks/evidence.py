@@ -110,15 +110,15 @@ def save(hits: dict[str, np.ndarray], path: Path, placements: int = 1) -> None:
 
 
 def rows_of(folder: Path, seeds: list[int]) -> Iterator[tuple[Row, np.ndarray]]:
-    """Rows with cell, encoder, size, metric, seed and value, each with the hits behind it: of a picture on several
-    canvases the share."""
+    """Rows with cell, encoder, size, metric, seed and value, each with the hits behind it: by picture, the share of its
+    placements."""
     missing = [seed for seed in seeds if not (folder / f"seed-{seed}.npz").exists()]
     if missing:
         raise UserError(f"{folder} lacks seeds {missing}; all of {seeds} must be there before any is looked at")
     for seed in seeds:
         with np.load(folder / f"seed-{seed}.npz", allow_pickle=False) as kept:
             count, placements = int(kept["pictures"]), int(kept["placements"]) if "placements" in kept else 1
-            same = torch.arange(count // placements).repeat(placements) if placements > 1 else None
+            same = torch.arange(count // placements).repeat(placements)
             for key in kept.files:
                 if key in ("pictures", "placements"):
                     continue
@@ -127,7 +127,7 @@ def rows_of(folder: Path, seeds: list[int]) -> Iterator[tuple[Row, np.ndarray]]:
                 value, low, high = bootstrap_interval(torch.from_numpy(hit), groups=same)
                 row = {"cell": cell, "seed": seed, "encoder": encoder, "size": size_pair(size), "metric": metric,
                        "value": value, "low": low, "high": high, "n": count}  # fmt: skip
-                yield row, hit if same is None else hit.reshape(placements, -1).mean(axis=0)
+                yield row, hit.reshape(placements, -1).mean(axis=0)
 
 
 def comparisons() -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def number_of_seeds(differences: np.ndarray) -> tuple[float, int]:
     return spread, next(enough, MOST)
 
 
-Pair = tuple[Row, np.ndarray]  # a row, and which pictures were read rightly
+Pair = tuple[Row, np.ndarray]  # a row, and the share of each picture's placements that was read rightly
 
 
 def pairs_of(folder: Path, seeds: list[int]) -> tuple[list[Pair], list[Pair]]:

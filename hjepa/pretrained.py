@@ -43,7 +43,7 @@ def load_pretrained(name: str) -> ContextEncoder | TargetEncoder:
 
 def folder_of(name: str) -> Path:
     """The folder of an encoder that comes with the package, or else the user's own of that path."""
-    return WEIGHTS / name if name in list_pretrained() else user_path(name)
+    return _folder(name) if name in list_pretrained() else user_path(name)
 
 
 def _folder(name: str) -> Path:

@@ -56,6 +56,24 @@ def test_stored_hits_come_back_as_they_were_and_make_the_rows(tmp_path):
         assert row["value"] == hit.mean()
 
 
+def test_a_picture_in_several_places_counts_by_its_share_and_its_places_are_drawn_together(tmp_path):
+    """Two pictures in three places, stored place by place: one is read rightly everywhere, the other nowhere."""
+    key = evidence.key_of("views, one grid", evidence.A, (64, 64), "knn")
+    evidence.save({key: np.array([1, 0, 1, 0, 1, 0], bool)}, tmp_path / "seed-0.npz", placements=3)
+    evidence.save({key: np.array([1, 0, 0, 0, 1, 1], bool)}, tmp_path / "seed-1.npz", placements=3)
+    (row, hit), (_, other) = evidence.rows_of(tmp_path, [0, 1])
+    assert hit.tolist() == [1, 0] and other == pytest.approx([2 / 3, 1 / 3])
+    assert (row["value"], row["low"], row["high"], row["n"]) == (0.5, 0.0, 1.0, 6)
+
+
+def test_moved_drawings_differ_from_the_photographs_in_their_pictures_alone():
+    for cell in evidence.CELLS:
+        ours, theirs = (flat_config(evidence.configs_of(cell, 1, data=data)["rope"]) for data in evidence.DATA)
+        assert {key for key in ours if ours[key] != theirs[key]} == {
+            "data.name", "data.moved", "views.color_jitter", "views.grey",
+        }  # fmt: skip
+
+
 def test_nothing_is_looked_at_before_the_last_seed_is_there(tmp_path, capsys):
     for seed in (0, 1):
         write_seed(tmp_path, seed)

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inputs import check_choice, size_pair
-from .frequencies import grid_positions
-
-ALIBI_STRATEGIES = ("extrapolate", "interpolate")
+from .frequencies import WITHOUT_THETA, grid_positions
 
 
 class ALiBi2D(nn.Module):
@@ -36,7 +34,7 @@ class ALiBi2D(nn.Module):
         self.num_heads, self.grid_size = num_heads, size_pair(grid_size, "grid_size", text=False)
         self.strategy = strategy
 
-    strategies = ALIBI_STRATEGIES
+    strategies = WITHOUT_THETA
 
     @property
     def strategy(self) -> str:
@@ -45,7 +43,7 @@ class ALiBi2D(nn.Module):
 
     @strategy.setter
     def strategy(self, value: str) -> None:
-        check_choice("strategy of ALiBi", value, ALIBI_STRATEGIES)
+        check_choice("strategy of ALiBi", value, self.strategies)
         self._strategy = value
 
     def forward(

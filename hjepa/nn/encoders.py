@@ -324,8 +324,8 @@ def _check_positions(target: _Encoder, context: nn.Module) -> None:
 def _position_settings(encoder: _Encoder) -> dict[str, Any]:
     """What decides on positions and is in no state dict."""
     rope = encoder.rope
-    found: dict[str, Any] = {"use_rope": rope is not None, "use_absolute": encoder.use_absolute}
-    found["use_alibi"] = encoder.alibi is not None
+    switches = {"use_rope": rope is not None, "use_alibi": encoder.alibi is not None}
+    found: dict[str, Any] = {**switches, "use_absolute": encoder.use_absolute}
     if encoder.alibi is not None:
         found |= {"strategy of ALiBi": encoder.alibi.strategy, "grid_size": encoder.alibi.grid_size}
     if rope is None:

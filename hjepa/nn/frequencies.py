@@ -29,7 +29,8 @@ import math
 import torch
 from torch import Tensor
 
-STRATEGIES = ("extrapolate", "interpolate", "ntk", "ntk_by_parts")
+WITHOUT_THETA = ("extrapolate", "interpolate")  # strategies that rescale positions alone
+STRATEGIES = (*WITHOUT_THETA, "ntk", "ntk_by_parts")
 KINDS = ("axial", "mixed", "fixed")
 GOLDEN = math.pi * (3 - math.sqrt(5))  # the golden angle, in radians
 COORDINATES = ("index", "normalized")

@@ -27,6 +27,7 @@ from .frequencies import (
     COORDINATES,
     KINDS,
     STRATEGIES,
+    WITHOUT_THETA,
     axial_frequencies,
     fixed_frequencies,
     grid_positions,
@@ -106,24 +107,25 @@ class VisionRoPE2D(nn.Module):
     @strategy.setter
     def strategy(self, value: str) -> None:
         check_choice("strategy", value, STRATEGIES)
-        if self.coordinates == "normalized" and value != "extrapolate":
+        if value in self.strategies:
+            self._strategy = value
+        elif self.coordinates == "normalized":
             raise ValueError(
                 f"strategy={value!r} rescales indices, coordinates='normalized' has none: leave 'extrapolate'"
             )
-        if self.kind == "fixed" and value.startswith("ntk"):
+        elif self.kind == "fixed":
             raise ValueError(f"strategy={value!r} is of kind='axial': with kind='fixed' 'extrapolate' or 'interpolate'")
-        if self.kind == "mixed" and value.startswith("ntk"):
+        else:
             raise ValueError(
                 f"strategy={value!r} needs theta, kind='mixed' has learned frequencies: 'extrapolate' or 'interpolate'"
             )
-        self._strategy = value
 
     @property
     def strategies(self) -> tuple[str, ...]:
         """Those of STRATEGIES that `strategy` may be set to."""
         if self.coordinates == "normalized":
             return ("extrapolate",)
-        return STRATEGIES if self.kind == "axial" else ("extrapolate", "interpolate")
+        return STRATEGIES if self.kind == "axial" else WITHOUT_THETA
 
     @property
     def theta(self) -> float:

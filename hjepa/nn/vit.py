@@ -180,14 +180,14 @@ class GridViT(VisionTransformer):
         index: Tensor | None = None, positions: Tensor | None = None,
     ) -> list[Tensor | None]:  # fmt: skip
         """One rotation table per block, or None per block with RoPE off. ValueError on positions that do not fit."""
-        if self.rope is None:
-            if positions is not None and self.alibi is None:
+        if positions is not None:
+            if self.rope is None and self.alibi is None:
                 raise ValueError("positions need RoPE or ALiBi: build the encoder with use_rope=True")
+            check_positions(positions, batch, grid)
+        if self.rope is None:
             return [None] * len(self.blocks)
         if positions is None and self.training and self.rope.augments:
             positions = self.rope.augment(self.rope.positions(grid, device), grid)
-        if positions is not None:
-            check_positions(positions, batch, grid)
         return list(self.rope.tables(grid, positions=positions, index=index, device=device))
 
     def bias(

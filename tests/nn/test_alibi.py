@@ -85,7 +85,7 @@ def test_the_encoder_is_plain_timm_with_the_bias_as_its_mask(size):
     whole, _ = encoder.vit.forward_intermediates(images, norm=True, output_fmt="NLC")
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-4)
     assert (plain(images) - expected).abs().max() > 1e-2
-    seen = torch.rand(1, 1, 1, len(at) + 1) < 0.5
+    seen = torch.rand(1, 1, 1, len(at) + 1, generator=torch.Generator().manual_seed(0)) < 0.5
     seen[..., :2] = True
     hidden = bias.masked_fill(~seen, -torch.inf)
     for mask in (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)):
@@ -124,6 +124,9 @@ def test_it_sees_distances_not_places():
     turned = torch.stack((own[:, 1], -own[:, 0]), 1)
     torch.testing.assert_close(encoder(images, positions=turned), encoder(images), atol=1e-5, rtol=1e-4)
     assert (encoder(images, positions=own * 2) - encoder(images)).abs().max() > 1e-2
+    for wrong in (own[:1], own[:-1], own[None].expand(3, -1, -1)):
+        with pytest.raises(ValueError, match=r"positions must be \[16, 2\]"):
+            encoder(images, positions=wrong)
 
 
 @torch.no_grad()
