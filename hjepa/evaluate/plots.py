@@ -30,12 +30,12 @@ CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # as axes.prop_cy
 COLORS = {
     "context": BLUE, "target": ORANGE, "predicted": GREEN,
     "absolute": PURPLE, "rope": VERMILLION, "hybrid": SKY, "none": BLACK, "random": "#999999", "pixels": "#666666",
-    "histogram": "#B3B3B3", "hog": "#333333",
+    "histogram": "#B3B3B3", "hog": "#333333", "chance": "#CCCCCC",
     "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BLUE,
     "row": BLUE, "column": VERMILLION,
     "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
 }  # fmt: skip
-BASELINES = ("random", "pixels", "histogram", "hog")  # drawn grey and dashed
+BASELINES = ("random", "pixels", "histogram", "hog", "chance")  # drawn grey and dashed
 MANY_LINES = 8  # as many as a panel can hold
 METRICS = {
     "probe": "linear probe accuracy\n(fitted at the training size)",

@@ -84,7 +84,7 @@ def test_baselines_are_grey_and_dashed_and_encoders_are_not():
             continue
         r, g, b = matplotlib.colors.to_rgb(line.get_color())
         assert (r == g == b) is (line.get_linestyle() == "--") is (name != "rope")
-    assert BASELINES == ("random", "pixels", "histogram", "hog")
+    assert BASELINES == ("random", "pixels", "histogram", "hog", "chance")
     assert len({line.get_color() for line in lines.values()}) == len(names) + 1
 
 
