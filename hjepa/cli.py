@@ -308,6 +308,10 @@ def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
         raise UserError("--strategy is about RoPE and ALiBi, and no run given has either")
     views: dict[str, Any] = {}
     for name, (encoder, _) in loaded.items():
+        for word in wanted if encoder.strategies else ():
+            if word not in encoder.strategies:
+                near = nearest(word, encoder.strategies) or "none"
+                raise UserError(f"--strategy {word}: {name} takes {', '.join(encoder.strategies)}; nearest: {near}")
         if wanted and encoder.strategies:
             views |= {f"{name} {word}": with_strategy(encoder, word) for word in wanted}
         else:

@@ -20,7 +20,7 @@ import torch
 
 from . import hub
 from .files import user_path
-from .inputs import nearest
+from .inputs import UserError, nearest
 from .nn.encoders import ContextEncoder, TargetEncoder
 from .train.checkpoint import write_json
 
@@ -42,15 +42,24 @@ def load_pretrained(name: str) -> ContextEncoder | TargetEncoder:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of an encoder that comes with the package, or else the user's own of that path."""
-    return _folder(name) if name in list_pretrained() else user_path(name)
+    """The folder of an encoder that comes with the package, or else the user's own of that path.
+
+    Raises:
+        ValueError: nothing of that path, and an encoder of nearly that name.
+    """
+    if name in list_pretrained():
+        return _folder(name)
+    folder = user_path(name)
+    if not folder.exists() and (near := nearest(name, list_pretrained())):
+        raise UserError(f"no folder {folder}, and no encoder of that name comes with the package; nearest: {near}")
+    return folder
 
 
 def _folder(name: str) -> Path:
     names = list_pretrained()
     if name not in names:
         near = nearest(name, names) or "none"
-        raise ValueError(f"pretrained encoder {name!r} is not one of {', '.join(names)}; nearest: {near}")
+        raise UserError(f"pretrained encoder {name!r} is not one of {', '.join(names)}; nearest: {near}")
     return WEIGHTS / name
 
 

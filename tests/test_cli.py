@@ -202,6 +202,15 @@ def test_evaluate_says_what_is_wrong(run, capsys):
     assert "'a' is not understood" in error_of(["evaluate", "--run", run, "--sizes", "32,a"], capsys)
     assert "nearest: interpolate" in error_of(["evaluate", "--run", run, "--strategy", "interpolat"], capsys)
     assert "same name" in error_of(["evaluate", "--run", run, "--run", run], capsys)
+    assert "nearest: openmoji-rope" in error_of(["evaluate", "--run", "openmoji-rop"], capsys)
+
+
+def test_evaluate_names_the_run_that_does_not_take_a_strategy(run, tmp_path, capsys):
+    words = ["train", "--run", tmp_path / "alibi", "model.use_alibi=true", "train.warmup=0", *SMALL]
+    assert main([str(word) for word in words]) == 0
+    capsys.readouterr()
+    error = error_of(["evaluate", "--run", run, "--run", tmp_path / "alibi", "--strategy", "interpolate,ntk"], capsys)
+    assert "--strategy ntk: alibi takes extrapolate, interpolate; nearest:" in error
 
 
 def test_export_writes_timm_weights(run, tmp_path):
