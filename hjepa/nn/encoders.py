@@ -323,17 +323,17 @@ def _check_positions(target: _Encoder, context: nn.Module) -> None:
 
 def _position_settings(encoder: _Encoder) -> dict[str, Any]:
     """What decides on positions and is in no state dict."""
-    rope = encoder.rope
-    switches = {"use_rope": rope is not None, "use_alibi": encoder.alibi is not None}
-    found: dict[str, Any] = {**switches, "use_absolute": encoder.use_absolute}
-    if encoder.alibi is not None:
-        found |= {"strategy of ALiBi": encoder.alibi.strategy, "grid_size": encoder.alibi.grid_size}
-    if rope is None:
-        return found
-    found |= {name: getattr(rope, name) for name in ("kind", "coordinates", "fraction", "strategy")}
-    if rope.log_theta is None and rope.mixed is None:
-        found["thetas"] = rope.thetas
-    return found | ({} if rope.strategy == "extrapolate" else {"grid_size": rope.grid_size})
+    rope, alibi = encoder.rope, encoder.alibi
+    found: dict[str, Any] = {"use_rope": rope is not None, "use_alibi": alibi is not None}
+    found["use_absolute"] = encoder.use_absolute
+    if alibi is not None:
+        found["strategy of ALiBi"] = alibi.strategy
+    if rope is not None:
+        found |= {name: getattr(rope, name) for name in ("kind", "coordinates", "fraction", "strategy")}
+        if rope.log_theta is None and rope.mixed is None:
+            found["thetas"] = rope.thetas
+    rescaled = [where for where in (rope, alibi) if where is not None and where.strategy != "extrapolate"]
+    return found | {"grid_size": where.grid_size for where in rescaled}
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

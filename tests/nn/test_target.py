@@ -154,9 +154,11 @@ def test_weights_are_not_copied_into_an_encoder_that_rotates_otherwise(options: 
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
-def test_the_grid_of_training_counts_where_the_strategy_looks_at_it() -> None:
+@pytest.mark.parametrize("switch", ["use_rope", "use_alibi"])
+def test_the_grid_of_training_counts_where_the_strategy_looks_at_it(switch: str) -> None:
     def pair(size: int, strategy: str) -> tuple[ContextEncoder, TargetEncoder]:
-        return create_encoder(img_size=size, use_rope=True, use_absolute=False, vit=TINY, rope={"strategy": strategy})
+        how: dict[str, Any] = {switch: True, "rope": {"strategy": strategy}}
+        return create_encoder(img_size=size, use_absolute=False, vit=TINY, **how)
 
     pair(16, "extrapolate")[1].copy_from_context_encoder(pair(32, "extrapolate")[0])
     with pytest.raises(ValueError, match=r"grid_size=\(8, 8\) .* grid_size=\(4, 4\)"):
