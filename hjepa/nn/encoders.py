@@ -332,8 +332,10 @@ def _position_settings(encoder: _Encoder) -> dict[str, Any]:
         found |= {name: getattr(rope, name) for name in ("kind", "coordinates", "fraction", "strategy")}
         if rope.log_theta is None and rope.mixed is None:
             found["thetas"] = rope.thetas
-    rescaled = [where for where in (rope, alibi) if where is not None and where.strategy != "extrapolate"]
-    return found | {"grid_size": where.grid_size for where in rescaled}
+    for where in (rope, alibi):
+        if where is not None and where.strategy != "extrapolate":
+            found["grid_size"] = where.grid_size
+    return found
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
