@@ -43,6 +43,7 @@ from tqdm import tqdm
 from ..evaluate.results import rows_to_csv, sweep_csv, sweep_rows
 from ..files import hold, is_held, json_text, read_json, read_yaml, user_path, write_whole
 from ..inputs import UserError, nearest, size_pair
+from ..pretrained import list_pretrained
 from ..versions import differences, versions
 from .notebooks import NotebookError, check_parameters, execute, find_parameters, notebook_digest
 
@@ -50,7 +51,8 @@ EXECUTORS = ("local", "slurm")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MOST_RUNS = 10_000
 POLL = 0.2  # seconds between looks at the running jobs
-PATHS = ("path", "root", "data_path", "data_root", "data.path", "data.root")  # parameters, and keys of overrides
+# parameters, and keys of overrides
+PATHS = ("path", "root", "data_path", "data_root", "data.path", "data.root", "train.init_from")
 LATE_FILES = 15  # seconds that files of a Slurm job may take to appear here
 
 
@@ -201,10 +203,12 @@ def _absolute(name: str, value: Any) -> Any:
     """A parameter that is a path, or the override of one, as seen from any folder; all else as it is."""
     if isinstance(value, list):
         return [_absolute("", item) for item in value]
+    if isinstance(value, dict):
+        return {key: _absolute("", item) for key, item in value.items()}
     if not isinstance(value, str) or not value:
         return value
     key, equals, path = value.partition("=")
-    if equals and key.strip() in PATHS and path.strip() not in ("", "~", "null"):
+    if equals and key.strip() in PATHS and path.strip() not in ("", "~", "null", *list_pretrained()):
         return f"{key.strip()}={user_path(path.strip()).absolute()}"
     return str(user_path(value).absolute()) if name in PATHS else value
 

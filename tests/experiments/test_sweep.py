@@ -153,16 +153,21 @@ def test_another_version_of_the_package_makes_runs_again(tmp_path, monkeypatch):
 
 def test_relative_paths_are_those_of_the_current_folder(tmp_path, monkeypatch):
     folder = make_folder(tmp_path)
-    edited(folder, "threads = 2", "threads = 2\\npath = \\\"\\\"\\ndata_root = \\\"data\\\"\\noverrides = []")
+    more = "\\npath = \\\"\\\"\\ndata_root = \\\"data\\\"\\noverrides = []\\nvariants = {}"
+    edited(folder, "threads = 2", f"threads = 2{more}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/mine")
-    text = 'parameters: {data_root: store, mode: path}\ngrid: {path: [photos, ~/photos, /photos, ""], overrides: [%s]}'
+    variants = "variants: {a: [train.init_from=runs/a], b: [train.init_from=openmoji-rope]}"
+    text = f"parameters: {{data_root: store, mode: path, {variants}}}\n"
+    text += 'grid: {path: [photos, ~/photos, /photos, ""], overrides: [%s]}'
     file = write(folder, text % "[data.path=own, data.root=~/x, train.lr=1, data.path=null]")
     runs = load_sweep(file)[1]
     assert [run.parameters["path"] for run in runs] == [f"{tmp_path}/photos", "/mine/photos", "/photos", ""]
     assert runs[0].parameters["data_root"] == f"{tmp_path}/store" and runs[0].parameters["mode"] == "path"
     wanted = [f"data.path={tmp_path}/own", "data.root=/mine/x", "train.lr=1", "data.path=null"]
     assert runs[0].parameters["overrides"] == wanted
+    found = runs[0].parameters["variants"]
+    assert found == {"a": [f"train.init_from={tmp_path}/runs/a"], "b": ["train.init_from=openmoji-rope"]}
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_sweep(file)[1][0].folder != runs[0].folder
