@@ -1,4 +1,4 @@
-"""The command line: hjepa train | evaluate | export | sweep | tour.
+"""The command line: hjepa train | evaluate | export | verify | sweep | tour.
 
 A mistake of the user, or a file, disk or network that fails, gives one line, "hjepa: error: ...", and exit code 2;
 a training that diverged or a sweep with failed runs gives a line and 1; Ctrl-C gives a line and 130. `--traceback`
@@ -118,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="folder of the run")
     export.add_argument("out", metavar="OUT", help="folder to write")
     export.add_argument("--push-to", metavar="USER/NAME", help="also publish it on the Hugging Face hub")
+
+    verify = add(_verify, "read a run's checkpoints and say which are whole")
+    verify.add_argument("run", metavar="RUN", help="folder of the run")
 
     sweep = add(_sweep, "run a notebook over a grid of parameters")
     sweep.add_argument("file", metavar="FILE", help="such as configs/sweeps/NAME.yaml")
@@ -324,6 +327,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
     print(f"files: {export_encoder(arguments.run, arguments.out, push_to=arguments.push_to)}")
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from .train.checkpoint import verify
+
+    found = verify(user_path(arguments.run))
+    for name, problem in found.items():
+        print(f"{name} {problem or 'whole'}")
+    return 1 if any(found.values()) else 0
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -9,11 +9,13 @@ A checkpoint is written to a hidden folder beside its place, flushed to disk, th
 at all, and a full disk leaves the earlier ones as they were. The two newest are kept. Random state is not stored:
 every step seeds itself from (seed, step), see `hjepa.train.schedule`.
 
-The hashes find damage and honest mistakes; they are no signature against an attacker.
+The hashes find damage and honest mistakes; they are no signature against an attacker. They are computed once for each
+file as it was last written, so a resume reads each file once for them; `verify` reads all of them again.
 
 Not covered: exports (`hjepa.hub`), checkpoints cut over processes (`hjepa.train.sharding`).
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -148,6 +150,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    """Digest of a file; one that was not written since is not read again."""
+    found = path.stat()
+    return _read_sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_sha256(path: Path, *written: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -215,6 +224,25 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     if problem:
         raise CheckpointError(f"{run_dir} has no whole checkpoint: {problem}")
     return None
+
+
+def verify(run_dir: str | Path) -> dict[str, str]:
+    """What is wrong with each checkpoint of a run, oldest first, or "" where all is whole. Every file is read.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+    """
+    _read_sha256.cache_clear()
+    found = {}
+    for path in _steps(Path(run_dir) / "checkpoints"):
+        try:
+            read_state(path)
+            found[path.name] = ""
+        except CheckpointError as error:
+            found[path.name] = str(error)
+    if not found:
+        raise FileNotFoundError(f"{run_dir} has no checkpoints; give the folder of a run")
+    return found
 
 
 def load_checkpoint(
