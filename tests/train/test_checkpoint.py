@@ -443,32 +443,3 @@ def test_a_loaded_encoder_does_not_move_the_random_state(tiny, tmp_path):
     load_pretrained(tmp_path / "out")
     build_encoders(tiny())
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_file_is_hashed_once_until_it_is_written_again(tiny, tmp_path, monkeypatch):
-    config = tiny(*ROPE)
-    model, optimizer = make_run(config, tmp_path / "run", steps=(5,))
-    storage._read_sha256.cache_clear()
-    digest, read = storage.hashlib.file_digest, []
-    monkeypatch.setattr(storage.hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
-    found = latest_checkpoint(tmp_path / "run")
-    load_checkpoint(found, model, optimizer)
-    load_run(tmp_path / "run")
-    assert sorted(Path(name).name for name in read) == ["model.safetensors", "optimizer.pt"]
-    file = found / "model.safetensors"
-    file.write_bytes(bytes([*file.read_bytes()[:-1], 7]))
-    with pytest.raises(CheckpointError, match="does not match its SHA-256"):
-        read_state(found)
-
-
-def test_verify_reads_every_checkpoint_again_and_names_the_damaged(tiny, tmp_path, capsys):
-    make_run(tiny(*ROPE), tmp_path / "run")
-    assert main(["verify", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.split() == ["step_00000005", "whole", "step_00000010", "whole"]
-    file = tmp_path / "run/checkpoints/step_00000005/optimizer.pt"
-    times, content = file.stat(), file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # damage that no time stamp shows
-    assert main(["verify", str(tmp_path / "run")]) == 1
-    assert "step_00000005 " in (said := capsys.readouterr().out) and "optimizer.pt does not match" in said
-    assert main(["verify", str(tmp_path / "none")]) == 2
