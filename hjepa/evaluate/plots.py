@@ -21,6 +21,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from ..inputs import size_pair, size_text
+from ..nn.frequencies import STRATEGIES
 from ..nn.masks import Masks, level_grid
 from .results import Row, by_encoder, by_setting, home_size, summarise
 
@@ -55,9 +56,10 @@ METRICS = {
 
 
 def _key(name: str) -> str | None:
-    """The longest name of COLORS inside a label: "RoPE, interpolated" -> "interpolate"."""
+    """The name of COLORS inside a label, a strategy's before all, then the longest: "rope ntk" -> "ntk"."""
     words = re.sub("[-_]", " ", name.lower())
-    return max((key for key in COLORS if re.search(rf"\b{key.replace('_', ' ')}", words)), key=len, default=None)
+    found = [key for key in COLORS if re.search(rf"\b{key.replace('_', ' ')}", words)]
+    return max(found, key=lambda key: (key in STRATEGIES, len(key)), default=None)
 
 
 def line_colors(names: Sequence[str]) -> dict[str, str]:

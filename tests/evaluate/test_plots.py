@@ -114,8 +114,9 @@ def test_transfer_figure_refuses_rows_of_several_seeds():
 
 
 def test_labels_get_the_colour_of_what_they_name():
-    names = ["RoPE", "absolute, resampled", "RoPE interpolated", "NTK-by-parts", "hybrid", "Random init", "raw_pixels"]
-    keys = ["rope", "absolute", "interpolate", "ntk_by_parts", "hybrid", "random", "pixels"]
+    names = ["RoPE", "absolute, resampled", "RoPE interpolated", "NTK-by-parts", "hybrid", "Random init", "raw_pixels",
+             "openmoji-rope ntk", "chance"]  # fmt: skip
+    keys = ["rope", "absolute", "interpolate", "ntk_by_parts", "hybrid", "random", "pixels", "ntk", "chance"]
     assert [line_colors([name])[name] for name in names] == [COLORS[key] for key in keys]
     assert line_colors(["unrandomised"])["unrandomised"] == CYCLE[0]  # a word counts from its start
 
