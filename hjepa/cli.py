@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--path", metavar="FOLDER", help="folder of class folders, of imagefolder")
     evaluate.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
     evaluate.add_argument("--dense", action="store_true", help="also read single patches of runs: their own place")
+    evaluate.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda or cuda:1 (default: cuda if any)")
     evaluate.add_argument("--out", metavar="FILE", help="CSV file (default: evaluation.csv in the first run, or here)")
     published = evaluate.add_argument_group("with --timm")
     published.add_argument("--checkpoint", metavar="FILE", help="weights of the one model, instead of the hub's")
@@ -174,6 +175,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if odd:
         given, other = ("--run", "--timm") if arguments.run else ("--timm", "--run")
         raise UserError(f"--{odd[0].replace('_', '-')} goes with {other}, not with {given}")
+    from .evaluate.transfer import device_named
+
+    arguments.device = device_named(arguments.device)
     return _evaluate_runs(arguments) if arguments.run else _evaluate_published(arguments)
 
 
@@ -195,7 +199,7 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
             model.check_size(size)
     side = max(max(size) for size in (home, *asked))
     splits = [load_data(name, split, root=root, path=arguments.path, image_size=side) for split in ("train", "test")]
-    options = as_dicts(load_config().evaluate) | {"sizes": asked}
+    options = as_dicts(load_config().evaluate) | {"sizes": asked, "device": arguments.device}
     encoders = models | baselines(splits[0], home)
     return _show_rows(resolution_transfer(encoders, *splits, train_size=home, progress=True, **options), arguments)
 
@@ -242,7 +246,7 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(config.train.threads)
     options = as_dicts(config.evaluate)
     options["sizes"] = asked or options["sizes"]
-    rows = resolution_transfer(encoders, *splits, train_size=size, progress=True, **options)
+    rows = resolution_transfer(encoders, *splits, train_size=size, progress=True, device=arguments.device, **options)
     if arguments.dense:
         from .evaluate.dense import dense_transfer, with_pixels
 

@@ -108,7 +108,8 @@ MUTANTS = [
     Mutant("sketch without its sine", "nn/losses", " + phase.sin().mean(0).square()", "", "losses"),
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
-    Mutant("nearest by dot product", "evaluate/readers", "_vote(asked @ known.T,", "_vote((queries - mean) @ (gallery - mean).T,", "metrics"),
+    Mutant("encoders left where they are", "evaluate/transfer", "            _module(encoder).to(device)\n", "            pass\n", "evaluate"),
+    Mutant("nearest by dot product", "evaluate/readers", "known, asked = F.normalize(gallery - mean, dim=1), F.normalize(queries - mean, dim=1)", "known, asked = gallery - mean, queries - mean", "metrics"),
     Mutant("moved pictures that hang over the border", "data/moved", "round(place.left * (width - side))", "round(place.left * width)", "moved"),
     Mutant("all repeats in one place", "data/moved", "placement(id_, repeat) for", "placement(id_, 0) for", "moved"),
     Mutant("a picture among its own neighbours", "evaluate/readers", ".fill_diagonal_(-math.inf)", "", "baselines"),
@@ -118,7 +119,11 @@ MUTANTS = [
     Mutant("rows and columns of a patch swapped", "evaluate/dense", "torch.meshgrid(rows, columns, indexing=\"ij\")", "torch.meshgrid(rows, columns, indexing=\"xy\")", "dense"),
     Mutant("own place counted in patches of the other size", "evaluate/dense", "offset * torch.tensor(home_grid)", "offset * torch.tensor(grid_size)", "dense"),
     Mutant("features of neighbours not centred", "evaluate/readers", "mean = gallery.mean(dim=0)", "mean = 0", "metrics"),
-    Mutant("weakest penalty, not the strongest", "evaluate/readers", "return int(np.argmax(share >= best - math", "return int(np.argmax(share >= best - 0 * math", "metrics"),
+    Mutant("weakest penalty, not the strongest", "evaluate/readers", "(share >= best - math", "(share >= best - 0 * math", "metrics"),
+    Mutant("a picture of a later chunk among its own neighbours", "evaluate/readers", "similarity[:, first:].fill", "similarity[:, 0 * first :].fill", "metrics"),
+    Mutant("a chunk of queries too many", "evaluate/readers", "max(1, ENTRIES // max(1, len(gallery)))", "1 + ENTRIES // max(1, len(gallery))", "metrics"),
+    Mutant("a row's own leverage left in", "evaluate/readers", "fall = -2 * (", "fall = -1 * (", "metrics"),
+    Mutant("leverage of the intercept forgotten", "evaluate/readers", " + 1 / len(z))", ")", "metrics"),
     Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),
     Mutant("effective rank not centred", "evaluate/measures", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
     # published encoders

@@ -202,6 +202,7 @@ def test_evaluate_says_what_is_wrong(run, capsys):
     assert "'a' is not understood" in error_of(["evaluate", "--run", run, "--sizes", "32,a"], capsys)
     assert "nearest: interpolate" in error_of(["evaluate", "--run", run, "--strategy", "interpolat"], capsys)
     assert "same name" in error_of(["evaluate", "--run", run, "--run", run], capsys)
+    assert "device 'cpuu' is not here" in error_of(["evaluate", "--run", run, "--device", "cpuu"], capsys)
 
 
 def test_export_writes_timm_weights(run, tmp_path):
