@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor
 
 from .measures import one_thread
@@ -97,15 +99,15 @@ class Probe:
     """A fitted linear reader: the class of the largest score, where scores are unit-length features @ weights +
     intercept.
 
-    weights [D, C] and intercept [C], float64; classes [C], the labels; penalty, in squared units of the features. pca
-    reduces features first where they are wide, then D is PCA_DIMS.
+    weights [D, C] and intercept [C], float64; classes [C], the labels; penalty, in squared units of the features.
+    Where features are wide, `reduce` scales and projects them, and D is PCA_DIMS.
     """
 
     weights: Tensor
     intercept: Tensor
     classes: Tensor
     penalty: float
-    pca: PCA | None = None
+    reduce: Pipeline | None = None
 
     def predict(self, features: Any) -> Any:
         """Labels [N] of features [N, D]: a tensor on the probe's device, or an array of a numpy array."""
@@ -113,8 +115,7 @@ class Probe:
             return self.predict(torch.from_numpy(features)).cpu().numpy()
         found = []
         for part in features.to(self.weights.device).split(ROWS):
-            x = F.normalize(part, dim=1)
-            x = x if self.pca is None else torch.from_numpy(self.pca.transform(x.cpu().numpy())).to(x.device)
+            x = _on_cpu(self.reduce.transform, part) if self.reduce else F.normalize(part, dim=1)
             found.append((x.double() @ self.weights + self.intercept).argmax(dim=1))
         return self.classes[torch.cat(found)]
 
@@ -136,11 +137,8 @@ def linear_probe(features: Tensor, labels: Tensor) -> Probe:
     if len(classes) < 2:
         raise ValueError(f"a probe needs at least 2 classes; all {len(labels)} labels are {int(labels[0])}")
     with one_thread():
-        x, pca = F.normalize(features, dim=1), None
-        if features.shape[1] > PCA_ABOVE:
-            pca = PCA(min(PCA_DIMS, len(x)), svd_solver="randomized", iterated_power=2, random_state=0)
-            x = torch.from_numpy(pca.fit_transform(x.cpu().numpy())).to(features.device)
-        x = x.double()
+        reduce = _projection(features)
+        x = (_on_cpu(reduce.fit_transform, features) if reduce else F.normalize(features, dim=1)).double()
         centre, code = x.mean(dim=0), 2 * target.bincount().double() / len(x) - 1  # code [C]: means of -1 and 1
         x -= centre
         z, spectrum, axes = _principal(x)
@@ -149,7 +147,7 @@ def linear_probe(features: Tensor, labels: Tensor) -> Probe:
         sums = 2 * z.new_zeros(len(classes), z.shape[1]).index_add_(0, target, z)  # [C, R]: z.T @ codes, transposed
         chosen = _within_one_error(_left_out_hits(z, target, shrunk, sums, code) / len(x), len(x))
         weights = axes @ (sums * shrunk[chosen]).T
-    return Probe(weights, code - centre @ weights, classes, float(penalties[chosen]), pca)
+    return Probe(weights, code - centre @ weights, classes, float(penalties[chosen]), reduce)
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,6 +186,17 @@ def _within_one_error(share: Tensor, count: int) -> int:
     """
     best = float(share.max())
     return int((share >= best - math.sqrt(best * (1 - best) / count)).int().argmax())
+
+
+def _projection(features: Tensor) -> Pipeline | None:
+    if features.shape[1] <= PCA_ABOVE:
+        return None
+    pca = PCA(min(PCA_DIMS, len(features)), svd_solver="randomized", iterated_power=2, random_state=0)
+    return make_pipeline(Normalizer(), StandardScaler(with_std=False), pca)
+
+
+def _on_cpu(step: Callable[[Any], Any], features: Tensor) -> Tensor:
+    return torch.from_numpy(step(features.cpu().numpy())).to(features.device)
 
 
 def probe_hits(probe: Probe, features: Tensor, labels: Tensor) -> Tensor:
