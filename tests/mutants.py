@@ -108,7 +108,10 @@ MUTANTS = [
     Mutant("sketch without its sine", "nn/losses", " + phase.sin().mean(0).square()", "", "losses"),
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
-    Mutant("encoders left where they are", "evaluate/transfer", "            _module(encoder).to(device)\n", "            pass\n", "evaluate"),
+    Mutant("rows of another evaluation taken over", "evaluate/resume", " and before.get(\"key\") == key", "", "resume"),
+    Mutant("a fingerprint without weights", "evaluate/resume", "            digest.update(tensor.detach()", "            (tensor.detach()", "resume"),
+    Mutant("readers of a resumed evaluation fitted nowhere", "evaluate/transfer", "dict.fromkeys([home, *left])", "dict.fromkeys(left)", "resume"),
+    Mutant("encoders left where they are", "evaluate/transfer", "            module_of(encoder).to(device)\n", "            pass\n", "evaluate"),
     Mutant("nearest by dot product", "evaluate/readers", "known, asked = F.normalize(gallery - mean, dim=1), F.normalize(queries - mean, dim=1)", "known, asked = gallery - mean, queries - mean", "metrics"),
     Mutant("moved pictures that hang over the border", "data/moved", "round(place.left * (width - side))", "round(place.left * width)", "moved"),
     Mutant("all repeats in one place", "data/moved", "placement(id_, repeat) for", "placement(id_, 0) for", "moved"),

@@ -9,7 +9,7 @@ Not covered: fine-tuning; what single patches know (`dense.py`).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..inputs import UserError, nearest, patch_grid, size_pair
+from ..inputs import UserError, nearest, patch_grid, size_pair, size_text
 from .measures import (
     Interval,
     bootstrap_interval,
@@ -86,7 +86,7 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", b
     it is. The encoder's train/eval mode is restored. ValueError on a side that is no multiple of the patch,
     or on features that are not finite.
     """
-    module = _module(encoder)
+    module = module_of(encoder)
     was_training = isinstance(module, nn.Module) and module.training
     weight = next(iter(module.parameters()), None) if isinstance(module, nn.Module) else None
     where: Any = images if weight is None or not weight.is_floating_point() else weight  # device and dtype
@@ -109,8 +109,8 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", b
     return features
 
 
-def _module(encoder: EncoderLike) -> Any:
-    """What holds the weights."""
+def module_of(encoder: EncoderLike) -> Any:
+    """What holds the weights: of a view the encoder itself."""
     return encoder.encoder if isinstance(encoder, StrategyView) else encoder
 
 
@@ -191,6 +191,7 @@ def resolution_transfer(
     hits: dict[tuple[str, tuple[int, int], str], Tensor] | None = None,
     progress: bool = False,
     device: torch.device | None = None,
+    kept: MutableMapping[str, list[dict[str, Any]]] | None = None,
 ) -> list[dict[str, Any]]:
     """Read every encoder at every size; rows with encoder, size (h, w), metric, value, low, high, n.
 
@@ -204,6 +205,8 @@ def resolution_transfer(
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
     train_size is read even if not in `sizes`. Pictures of one class have no probe and no kNN.
     device: where encoders are moved to, and readers run; None leaves encoders where they are and reads on the CPU.
+    kept: rows by size ("64x96") of an earlier call, to which each size is added once it is read. Sizes in it are not
+    read again, nor are their hits given; train_size is, where another is left, since readers are fitted there.
     tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
     pictures were read rightly: bool [n], of probe_few float. ValueError, before any work, on a size that
     is no multiple of an encoder's patch.
@@ -214,20 +217,24 @@ def resolution_transfer(
         patch = getattr(encoder, "patch_size", None)
         for size in asked if patch is not None else []:
             patch_grid(size, patch)
-        if device is not None and isinstance(_module(encoder), nn.Module):
-            _module(encoder).to(device)
+        if device is not None and isinstance(module_of(encoder), nn.Module):
+            module_of(encoder).to(device)
     train_index, test_index = subset(len(train), gallery, seed), subset(len(test), queries, seed)
     y_train, y_test = train.labels[train_index].to(device), test.labels[test_index].to(device)
     labelled = len(y_train.unique()) > 1  # of one class there is nothing to tell apart
     same = _same_picture(test, test_index)
-    k, rows = min(knn_k, len(train_index)), []
+    k = min(knn_k, len(train_index))
     fitted: dict[str, tuple[Any, Tensor, Tensor]] = {}  # name -> probe, train and test features
     draws = [subset(len(train_index), few, seed + draw) for draw in range(DRAWS if few and labelled else 0)]
     on_few: dict[str, list[Probe]] = {}
-    fits = [size for size in asked if refit or size == home]
-    total = len(asked) * len(test_index) + len(fits) * len(train_index)
+    kept = {} if kept is None else kept
+    left = [size for size in asked if size_text(size) not in kept]
+    left = list(dict.fromkeys([home, *left])) if left else []
+    fits = [size for size in left if refit or size == home]
+    total = len(left) * len(test_index) + len(fits) * len(train_index)
     bar = tqdm(total=total, desc="pictures", disable=not progress)
-    for size in asked:
+    for size in left:
+        rows: list[dict[str, Any]] = []
         show = partial(_encode_all, encoders, size=size, pool=pool, batch_size=batch_size, device=device, bar=bar)
         seen = show(test, index=test_index)
         known = show(train, index=train_index) if size in fits else {}
@@ -258,8 +265,9 @@ def resolution_transfer(
                 {**base, "metric": metric, "value": v, "low": low, "high": high, "n": len(x)}
                 for metric, (v, low, high) in found.items()
             ]
+        kept[size_text(size)] = rows
     bar.close()
-    return rows
+    return [row for size in asked for row in kept[size_text(size)]]
 
 
 def subset(total: int, count: int | None, seed: int) -> Tensor:
