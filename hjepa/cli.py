@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--path", metavar="FOLDER", help="folder of class folders, of imagefolder")
     evaluate.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
     evaluate.add_argument("--dense", action="store_true", help="also read single patches of runs: their own place")
+    evaluate.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda or cuda:1 (default: cuda if any)")
     evaluate.add_argument("--out", metavar="FILE", help="CSV file (default: evaluation.csv in the first run, or here)")
     published = evaluate.add_argument_group("with --timm")
     published.add_argument("--checkpoint", metavar="FILE", help="weights of the one model, instead of the hub's")
@@ -177,6 +178,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if odd:
         given, other = ("--run", "--timm") if arguments.run else ("--timm", "--run")
         raise UserError(f"--{odd[0].replace('_', '-')} goes with {other}, not with {given}")
+    from .evaluate.transfer import device_named
+
+    arguments.device = device_named(arguments.device)
     return _evaluate_runs(arguments) if arguments.run else _evaluate_published(arguments)
 
 
@@ -185,7 +189,6 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
     from .data.images import DATASETS, load_data
     from .evaluate.baselines import baselines
     from .evaluate.published import published_encoders
-    from .evaluate.transfer import resolution_transfer
 
     name, root = arguments.data or "openmoji", arguments.root or "data"
     check_choice("--data", name, tuple(DATASETS))
@@ -198,14 +201,30 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
             model.check_size(size)
     side = max(max(size) for size in (home, *asked))
     splits = [load_data(name, split, root=root, path=arguments.path, image_size=side) for split in ("train", "test")]
-    options = as_dicts(load_config().evaluate) | {"sizes": asked}
+    options = as_dicts(load_config().evaluate) | {"sizes": asked, "train_size": home}
     encoders = models | baselines(splits[0], home)
-    return _show_rows(resolution_transfer(encoders, *splits, train_size=home, progress=True, **options), arguments)
+    return _show_rows(_read(encoders, splits, options, arguments), arguments)
+
+
+def _read(encoders: dict[str, Any], splits: list[Any], options: dict[str, Any], arguments: Any, about: Any = ()) -> Any:
+    """Rows of `resolution_transfer`; with --out, sizes that the same command read before it was stopped are kept.
+
+    about: what the encoders depend on beside their weights.
+    """
+    from .evaluate.resume import Kept, fingerprint
+    from .evaluate.transfer import resolution_transfer
+
+    options["device"], kept = arguments.device, None
+    if arguments.out:
+        key = fingerprint(encoders, splits, **options | {"sizes": None}, about=about)
+        kept = Kept(user_path(arguments.out), key)
+    return resolution_transfer(encoders, *splits, progress=True, kept=kept, **options)
 
 
 def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int:
     """Tables on stdout, all measures in a CSV file; the first row has the size that readers were fitted at."""
     from .evaluate.results import format_table, rows_to_csv, size_text
+    from .evaluate.resume import Kept
     from .files import fresh_path
 
     measured = {row["metric"] for row in rows}
@@ -215,6 +234,7 @@ def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int
     beside = beside if (beside / "config.yaml").is_file() else Path(".")
     out = user_path(arguments.out) if arguments.out else fresh_path(beside / "evaluation.csv")
     rows_to_csv(rows, out)
+    Kept(out, "").remove()
     how = "trained" if arguments.run else "readers fitted"
     print(f"\n{how} at {size_text(rows[0]['size'])} pixels; all measures: {out}")
     return 0
@@ -226,7 +246,6 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     from .build import build_encoders, load_split
     from .config import as_dicts
     from .evaluate.baselines import baselines
-    from .evaluate.transfer import resolution_transfer
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
     loaded = {name: _encoder_of(folder, arguments.which) for name, folder in _named(arguments.run).items()}
@@ -243,9 +262,10 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     splits = [load_split(config, split) for split in ("train", "test")]
     encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
     torch.set_num_threads(config.train.threads)
-    options = as_dicts(config.evaluate)
+    options = as_dicts(config.evaluate) | {"train_size": size}
     options["sizes"] = asked or options["sizes"]
-    rows = resolution_transfer(encoders, *splits, train_size=size, progress=True, **options)
+    about = [as_dicts(its) for _, its in loaded.values()]
+    rows = _read(encoders, splits, options, arguments, about)
     if arguments.dense:
         from .evaluate.dense import dense_transfer, with_pixels
 

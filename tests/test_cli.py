@@ -197,12 +197,30 @@ def test_evaluate_never_overwrites_its_table(run, capsys):
     assert {p.name for p in run.glob("*.csv")} == {"log.csv", "evaluation.csv", "evaluation-2.csv"}
 
 
+def test_evaluate_that_was_stopped_goes_on_with_the_sizes_that_are_left(run, tmp_path, monkeypatch):
+    words = ["evaluate", "--run", str(run), "--sizes", "32,48", "--out"]
+    assert main([*words, str(tmp_path / "whole.csv")]) == 0
+    home, read, seen = hjepa.evaluate.transfer, hjepa.evaluate.transfer._encode_all, []
+    monkeypatch.setattr(home, "_encode_all", lambda *a, size, **k: seen.append(size) or read(*a, size=size, **k))
+    real, stop = home.linear_cka, lambda *_: os.kill(os.getpid(), signal.SIGINT) if (48, 48) in seen else real(*_)
+    with monkeypatch.context() as during:
+        during.setattr(home, "linear_cka", stop)
+        assert main([*words, str(tmp_path / "e.csv")]) == 130
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.csv", ".e.csv.part"}
+    seen.clear()
+    assert main([*words, str(tmp_path / "e.csv")]) == 0
+    assert list(dict.fromkeys(seen)) == [(64, 64), (48, 48)], "where readers are fitted, and what was left"
+    assert (tmp_path / "e.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.csv", "e.csv"}
+
+
 def test_evaluate_says_what_is_wrong(run, capsys):
     assert "nearest: 32" in error_of(["evaluate", "--run", run, "--sizes", "33"], capsys)
     assert "'a' is not understood" in error_of(["evaluate", "--run", run, "--sizes", "32,a"], capsys)
     assert "nearest: interpolate" in error_of(["evaluate", "--run", run, "--strategy", "interpolat"], capsys)
     assert "same name" in error_of(["evaluate", "--run", run, "--run", run], capsys)
     assert "nearest: openmoji-rope" in error_of(["evaluate", "--run", "openmoji-rop"], capsys)
+    assert "device 'cpuu' is not here" in error_of(["evaluate", "--run", run, "--device", "cpuu"], capsys)
 
 
 def test_evaluate_names_the_run_that_does_not_take_a_strategy(run, tmp_path, capsys):

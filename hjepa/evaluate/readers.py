@@ -1,6 +1,7 @@
 """Readers of frozen features: nearest neighbours, retrieval, linear probes. Tensors in, a hit or miss per picture out.
 
-The idea: a reader that learns little shows what the features hold.
+The idea: a reader that learns little shows what the features hold. All run on the device where features and labels
+lie, and hold no more than ENTRIES similarities at once, or those of one query.
 Sources: weighted kNN, Wu et al. 2018 (arXiv:1805.01978, section 3.4); ridge with leave-one-out in closed form, Rifkin &
 Lippert 2007 (MIT-CSAIL-TR-2007-025), as scikit-learn has it; the one-standard-error rule for a penalty, Breiman et al.
 1984 (Classification and Regression Trees, section 3.4.3).
@@ -9,18 +10,21 @@ Not covered: how features are made (`hjepa.evaluate.transfer`), rank, similarity
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-from sklearn.linear_model import RidgeClassifier, RidgeClassifierCV
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor
 
 from .measures import one_thread
 
+ENTRIES = 2**26  # similarities held at once: 256 MiB in float32
+ROWS, SCORES = 2**12, 2**22  # of a probe: pictures, and scores of classes, worked on at once
 PCA_ABOVE, PCA_DIMS = 2048, 256  # a probe reduces features wider than the first number to the second
 PENALTIES = tuple(10 ** (1 - step / 2) for step in range(17))  # of the probe, strongest first: 10 to 1e-7
 
@@ -43,15 +47,30 @@ def knn_accuracy(
         raise ValueError(f"k={k} neighbours: a gallery of {len(gallery)} allows 1 to {len(gallery)}")
     mean = gallery.mean(dim=0)
     known, asked = F.normalize(gallery - mean, dim=1), F.normalize(queries - mean, dim=1)
-    return _vote(asked @ known.T, gallery_labels, k, temperature) == query_labels
+    vote = _by_chunks(asked, known, lambda similarity, _: _vote(similarity, gallery_labels, k, temperature))
+    return vote == query_labels
 
 
 def leave_one_out_knn(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """Hits [N] (bool) of `knn_accuracy` where each picture is asked about with all others as gallery (k at most
     N - 1): for choices made on training pictures."""
     x = F.normalize(features - features.mean(dim=0), dim=1)
-    similarity = (x @ x.T).fill_diagonal_(-math.inf)
-    return _vote(similarity, labels, min(k, len(x) - 1), temperature) == labels
+    k = min(k, len(x) - 1)
+
+    def vote(similarity: Tensor, first: int) -> Tensor:
+        similarity[:, first:].fill_diagonal_(-math.inf)
+        return _vote(similarity, labels, k, temperature)
+
+    return _by_chunks(x, x, vote) == labels
+
+
+def _by_chunks(queries: Tensor, gallery: Tensor, read: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """What `read` makes of similarities [q, G] and the number of their first query, joined over all queries: [Q].
+
+    As many queries at once as keep to ENTRIES similarities, at least one.
+    """
+    step = max(1, ENTRIES // max(1, len(gallery)))
+    return torch.cat([read(part @ gallery.T, i * step) for i, part in enumerate(queries.split(step))])
 
 
 def _vote(similarity: Tensor, gallery_labels: Tensor, k: int, temperature: float) -> Tensor:
@@ -70,11 +89,38 @@ def retrieval_hits(queries: Tensor, gallery: Tensor) -> Tensor:
     """
     if queries.shape != gallery.shape:
         raise ValueError(f"queries {list(queries.shape)} and gallery {list(gallery.shape)} differ in shape")
-    nearest = (F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T).argmax(dim=1)
-    return nearest == torch.arange(len(queries))
+    asked, known = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
+    nearest = _by_chunks(asked, known, lambda similarity, _: similarity.argmax(dim=1))
+    return nearest == torch.arange(len(queries), device=queries.device)
 
 
-def linear_probe(features: Tensor, labels: Tensor) -> Pipeline:
+@dataclass(frozen=True)
+class Probe:
+    """A fitted linear reader: the class of the largest score, where scores are unit-length features @ weights +
+    intercept.
+
+    weights [D, C] and intercept [C], float64; classes [C], the labels; penalty, in squared units of the features.
+    Where features are wide, `reduce` scales and projects them, and D is PCA_DIMS.
+    """
+
+    weights: Tensor
+    intercept: Tensor
+    classes: Tensor
+    penalty: float
+    reduce: Pipeline | None = None
+
+    def predict(self, features: Any) -> Any:
+        """Labels [N] of features [N, D]: a tensor on the probe's device, or an array of a numpy array."""
+        if not isinstance(features, Tensor):
+            return self.predict(torch.from_numpy(features)).cpu().numpy()
+        found = []
+        for part in features.to(self.weights.device).split(ROWS):
+            x = _on_cpu(self.reduce.transform, part) if self.reduce else F.normalize(part, dim=1)
+            found.append((x.double() @ self.weights + self.intercept).argmax(dim=1))
+        return self.classes[torch.cat(found)]
+
+
+def linear_probe(features: Tensor, labels: Tensor) -> Probe:
     """Fit a linear reader with a penalty chosen on the same pictures, so that it suits the features it reads.
 
     features [N, D], labels int64 [N]. Rows are scaled to unit length (as nearest neighbours see them) and centred; then
@@ -84,45 +130,75 @@ def linear_probe(features: Tensor, labels: Tensor) -> Pipeline:
     such as other sizes. For the same reason channels are not divided by their deviation: on training photographs
     (thumbnails, random init) that changed leave-one-out accuracy by less than half a point.
 
-    Features wider than 2048 (raw pixels) are projected on their first 256 principal components, which bounds the
-    time. ValueError if all labels are the same.
+    Features wider than 2048 (raw pixels) are projected on their first 256 principal components, on the CPU, which
+    bounds the time. ValueError if all labels are the same.
     """
-    if len(labels.unique()) < 2:
+    classes, target = labels.unique(return_inverse=True)
+    if len(classes) < 2:
         raise ValueError(f"a probe needs at least 2 classes; all {len(labels)} labels are {int(labels[0])}")
-    scaling = make_pipeline(Normalizer(), StandardScaler(with_std=False), *_projection(features))
-    y = labels.numpy()
     with one_thread():
-        x = scaling.fit_transform(features.numpy()).astype(np.float64)
-        scale = len(x) * max(float(x.var(axis=0).sum()), 1e-12)
-        penalties = [scale * penalty for penalty in PENALTIES]
-        search = RidgeClassifierCV(penalties, scoring="accuracy", store_cv_results=True)
-        right = _predicted(search.fit(x, y)) == y[:, None]  # [N, penalties]
-        reader = RidgeClassifier(penalties[_within_one_error(right)]).fit(x, y)
-    return make_pipeline(scaling, reader)
+        reduce = _projection(features)
+        x = (_on_cpu(reduce.fit_transform, features) if reduce else F.normalize(features, dim=1)).double()
+        centre, code = x.mean(dim=0), 2 * target.bincount().double() / len(x) - 1  # code [C]: means of -1 and 1
+        x -= centre
+        z, spectrum, axes = _principal(x)
+        penalties = spectrum.sum().clamp(min=1e-12 * len(x)) * x.new_tensor(PENALTIES)
+        shrunk = 1 / (spectrum + penalties[:, None])  # [P, R]
+        sums = 2 * z.new_zeros(len(classes), z.shape[1]).index_add_(0, target, z)  # [C, R]: z.T @ codes, transposed
+        chosen = _within_one_error(_left_out_hits(z, target, shrunk, sums, code) / len(x), len(x))
+        weights = axes @ (sums * shrunk[chosen]).T
+    return Probe(weights, code - centre @ weights, classes, float(penalties[chosen]), reduce)
 
 
-def _predicted(search: RidgeClassifierCV) -> np.ndarray:
-    """The class of each row by a reader fitted on all other rows, for each penalty: [N, penalties]."""
-    scores = search.cv_results_  # [N, classes or 1, penalties]
-    return search.classes_[scores.argmax(axis=1) if scores.shape[1] > 1 else (scores[:, 0] > 0).astype(int)]
+def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centred rows x [N, D] on their principal axes: z = x @ axes [N, R], squared lengths of its columns [R], axes
+    [D, R], where R is the smaller of N and D."""
+    if len(x) > x.shape[1]:
+        spectrum, axes = torch.linalg.eigh(x.T @ x)
+        return x @ axes, spectrum.clamp(min=0), axes
+    spectrum, basis = torch.linalg.eigh(x @ x.T)
+    length = spectrum.clamp(min=1e-200).sqrt()  # not 0, so that an axis without length divides by something
+    return basis * length, length.square(), x.T @ (basis / length)
 
 
-def _within_one_error(right: np.ndarray) -> int:
+def _left_out_hits(z: Tensor, target: Tensor, shrunk: Tensor, sums: Tensor, code: Tensor) -> Tensor:
+    """How many rows are classed rightly by a reader fitted on all others, for each penalty: [P], float64.
+
+    z [N, R], target [N], shrunk [P, R], sums [C, R], code [C], as in `linear_probe`. Leaving a row of leverage h out
+    moves its scores from s to (s - h y) / (1 - h), where y are its codes: against the others, that of its own class
+    falls by 2 h.
+    """
+    hits = torch.zeros(len(shrunk), dtype=torch.float64, device=z.device)
+    readers = (sums * shrunk[:, None]).flatten(0, 1).T  # [R, P * C]
+    rows = max(1, SCORES // readers.shape[1])
+    for part, own in zip(z.split(rows), target[:, None].split(rows), strict=True):
+        fall = -2 * (part.square() @ shrunk.T + 1 / len(z))  # [n, P]; 1 / N is the intercept's leverage
+        scores = (part @ readers).unflatten(1, (len(shrunk), -1)).add_(code)  # [n, P, C]
+        scores.scatter_add_(2, own.expand_as(fall)[..., None], fall[..., None])
+        hits += (scores.argmax(dim=2) == own).sum(dim=0)
+    return hits
+
+
+def _within_one_error(share: Tensor, count: int) -> int:
     """Index of the first, strongest, penalty whose share of hits is at most one standard error below the best.
 
-    right [N, penalties], bool.
+    share [P], of `count` rows.
     """
-    share = right.mean(axis=0)
-    best = share.max()
-    return int(np.argmax(share >= best - math.sqrt(best * (1 - best) / len(right))))
+    best = float(share.max())
+    return int((share >= best - math.sqrt(best * (1 - best) / count)).int().argmax())
 
 
-def _projection(features: Tensor) -> list[PCA]:
+def _projection(features: Tensor) -> Pipeline | None:
     if features.shape[1] <= PCA_ABOVE:
-        return []
-    return [PCA(min(PCA_DIMS, len(features)), svd_solver="randomized", iterated_power=2, random_state=0)]
+        return None
+    pca = PCA(min(PCA_DIMS, len(features)), svd_solver="randomized", iterated_power=2, random_state=0)
+    return make_pipeline(Normalizer(), StandardScaler(with_std=False), pca)
 
 
-def probe_hits(probe: Pipeline, features: Tensor, labels: Tensor) -> Tensor:
+def _on_cpu(step: Callable[[Any], Any], features: Tensor) -> Tensor:
+    return torch.from_numpy(step(features.cpu().numpy())).to(features.device)
+
+
+def probe_hits(probe: Probe, features: Tensor, labels: Tensor) -> Tensor:
     """Hits [N] (bool) of a fitted probe on features [N, D]."""
-    return torch.from_numpy(probe.predict(features.numpy()) == labels.numpy())
+    return probe.predict(features) == labels

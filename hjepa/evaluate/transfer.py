@@ -9,16 +9,16 @@ Not covered: fine-tuning; what single patches know (`dense.py`).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from sklearn.pipeline import Pipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..inputs import UserError, patch_grid, size_pair
+from ..inputs import UserError, nearest, patch_grid, size_pair, size_text
 from .measures import (
     Interval,
     bootstrap_interval,
@@ -28,7 +28,7 @@ from .measures import (
     linear_cka,
     one_thread,
 )
-from .readers import knn_accuracy, linear_probe, probe_hits, retrieval_hits
+from .readers import Probe, knn_accuracy, linear_probe, probe_hits, retrieval_hits
 
 # images [B, 3, h, w] -> tokens [B, prefix + N, D] or features [B, D]
 EncoderLike = Callable[[Tensor], Tensor]
@@ -45,6 +45,16 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def at_size(self, size: Size, indices: Any = None) -> Tensor: ...  # [N, 3, h, w] float32, normalised
+
+
+def device_named(name: str) -> torch.device:
+    """ "cpu", "cuda", "cuda:1", ..; "auto" is cuda where there is one. ValueError on a device that is not here."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if name not in ("auto", *here):
+        near = nearest(name, here) or "auto"
+        raise UserError(f"device {name!r} is not here; choose one of auto, {', '.join(here)}; nearest: {near}")
+    return torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
 
 
 # ---- features
@@ -76,7 +86,7 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", b
     it is. The encoder's train/eval mode is restored. ValueError on a side that is no multiple of the patch,
     or on features that are not finite.
     """
-    module = encoder.encoder if isinstance(encoder, StrategyView) else encoder
+    module = module_of(encoder)
     was_training = isinstance(module, nn.Module) and module.training
     weight = next(iter(module.parameters()), None) if isinstance(module, nn.Module) else None
     where: Any = images if weight is None or not weight.is_floating_point() else weight  # device and dtype
@@ -97,6 +107,11 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", b
             f"features at {images.shape[-2]}x{images.shape[-1]} px are not all finite; did training diverge?"
         )
     return features
+
+
+def module_of(encoder: EncoderLike) -> Any:
+    """What holds the weights: of a view the encoder itself."""
+    return encoder.encoder if isinstance(encoder, StrategyView) else encoder
 
 
 def _features(encoder: EncoderLike, images: Tensor, grid: tuple[int, int] | None, pool: str | None) -> Tensor:
@@ -175,6 +190,8 @@ def resolution_transfer(
     tags: Mapping[str, Any] | None = None,
     hits: dict[tuple[str, tuple[int, int], str], Tensor] | None = None,
     progress: bool = False,
+    device: torch.device | None = None,
+    kept: MutableMapping[str, list[dict[str, Any]]] | None = None,
 ) -> list[dict[str, Any]]:
     """Read every encoder at every size; rows with encoder, size (h, w), metric, value, low, high, n.
 
@@ -187,6 +204,9 @@ def resolution_transfer(
     effective_rank, feature_std
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
     train_size is read even if not in `sizes`. Pictures of one class have no probe and no kNN.
+    device: where encoders are moved to, and readers run; None leaves encoders where they are and reads on the CPU.
+    kept: rows by size ("64x96") of an earlier call, to which each size is added once it is read. Sizes in it are not
+    read again, nor are their hits given; train_size is, where another is left, since readers are fitted there.
     tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
     pictures were read rightly: bool [n], of probe_few float. ValueError, before any work, on a size that
     is no multiple of an encoder's patch.
@@ -197,19 +217,29 @@ def resolution_transfer(
         patch = getattr(encoder, "patch_size", None)
         for size in asked if patch is not None else []:
             patch_grid(size, patch)
+        if device is not None and isinstance(module_of(encoder), nn.Module):
+            module_of(encoder).to(device)
     train_index, test_index = subset(len(train), gallery, seed), subset(len(test), queries, seed)
-    y_train, y_test = train.labels[train_index], test.labels[test_index]
+    y_train, y_test = train.labels[train_index].to(device), test.labels[test_index].to(device)
     labelled = len(y_train.unique()) > 1  # of one class there is nothing to tell apart
     same = _same_picture(test, test_index)
-    k, rows = min(knn_k, len(train_index)), []
-    fitted: dict[str, tuple[Pipeline, Tensor, Tensor]] = {}  # name -> probe, train and test features
+    k = min(knn_k, len(train_index))
+    fitted: dict[str, tuple[Any, Tensor, Tensor]] = {}  # name -> probe, train and test features
     draws = [subset(len(train_index), few, seed + draw) for draw in range(DRAWS if few and labelled else 0)]
-    on_few: dict[str, list[Pipeline]] = {}
-    for size in tqdm(asked, desc="image sizes", disable=not progress):
-        seen = _encode_all(encoders, test, size, test_index, pool, batch_size)
-        known = _encode_all(encoders, train, size, train_index, pool, batch_size) if refit or size == home else {}
+    on_few: dict[str, list[Probe]] = {}
+    kept = {} if kept is None else kept
+    left = [size for size in asked if size_text(size) not in kept]
+    left = list(dict.fromkeys([home, *left])) if left else []
+    fits = [size for size in left if refit or size == home]
+    total = len(left) * len(test_index) + len(fits) * len(train_index)
+    bar = tqdm(total=total, desc="pictures", disable=not progress)
+    for size in left:
+        rows: list[dict[str, Any]] = []
+        show = partial(_encode_all, encoders, size=size, pool=pool, batch_size=batch_size, device=device, bar=bar)
+        seen = show(test, index=test_index)
+        known = show(train, index=train_index) if size in fits else {}
         for name, x in seen.items():
-            here = linear_probe(known[name], y_train) if name in known and labelled else None
+            here: Any = linear_probe(known[name], y_train) if name in known and labelled else None
             if size == home:
                 fitted[name] = (here, known[name], x)
                 on_few[name] = [linear_probe(known[name][draw], y_train[draw]) for draw in draws]
@@ -225,6 +255,7 @@ def resolution_transfer(
                 if draws:
                     shares_few = [probe_hits(reader, x, y_test).double() for reader in on_few[name]]
                     right["probe_few"] = torch.stack(shares_few).mean(0)
+            right = {metric: each.cpu() for metric, each in right.items()}
             if hits is not None:
                 hits |= {(name, size, metric): each for metric, each in right.items()}
             shares = {metric: bootstrap_interval(each, seed=seed, groups=same) for metric, each in right.items()}
@@ -234,7 +265,9 @@ def resolution_transfer(
                 {**base, "metric": metric, "value": v, "low": low, "high": high, "n": len(x)}
                 for metric, (v, low, high) in found.items()
             ]
-    return rows
+        kept[size_text(size)] = rows
+    bar.close()
+    return [row for size in asked for row in kept[size_text(size)]]
 
 
 def subset(total: int, count: int | None, seed: int) -> Tensor:
@@ -259,13 +292,16 @@ def _encode_all(
     index: Tensor,
     pool: str,
     batch_size: int,
+    device: torch.device | None,
+    bar: tqdm,
 ) -> dict[str, Tensor]:
     """Each picture is drawn once per size and shown to every encoder; only one batch is held in memory."""
     parts: dict[str, list[Tensor]] = {name: [] for name in encoders}
     for chunk in index.split(batch_size):
         images = data.at_size(size, chunk)
         for name, encoder in encoders.items():
-            parts[name].append(encode(encoder, images, pool=pool, batch_size=batch_size))
+            parts[name].append(encode(encoder, images, pool=pool, batch_size=batch_size).to(device))
+        bar.update(len(chunk))
     return {name: torch.cat(part) for name, part in parts.items()}
 
 

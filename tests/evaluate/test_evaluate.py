@@ -12,6 +12,7 @@ from hjepa.evaluate.readers import linear_probe
 from hjepa.evaluate.transfer import (
     DRAWS,
     _narrow,
+    device_named,
     effective_rank,
     encode,
     linear_cka,
@@ -21,6 +22,7 @@ from hjepa.evaluate.transfer import (
     resolution_transfer,
     with_strategy,
 )
+from hjepa.inputs import UserError
 from hjepa.nn.encoders import create_encoder
 
 
@@ -142,6 +144,41 @@ def test_a_probe_of_few_pictures_is_the_mean_of_probes_fitted_on_seeded_draws_of
     assert hits["e", (16, 16), "probe_few"].numpy() == pytest.approx(np.mean(right, axis=0))
     assert _value(rows, metric="probe_few", size=(16, 16)) == pytest.approx(np.mean(right))
     assert np.unique(np.sum(right, axis=1)).size > 1, "draws that read differently"
+
+
+class Movable(PatchMeans):
+    """Notes the devices that it is moved to."""
+
+    def to(self, *args, **kwargs):
+        self.moved = [*getattr(self, "moved", []), *args]
+        return super().to(*args, **kwargs)
+
+
+def test_encoders_are_moved_to_the_device_and_read_the_same_there():
+    """On the CPU: the encoder itself, also behind a view; plain functions stay as they are."""
+    encoder, hits = Movable(), [{}, {}]
+    encoder.rope = _Rope()
+    encoders = {"e": encoder, "view": with_strategy(encoder, "interpolate"), "pixels": raw_pixels(4)}
+    read = lambda hits, **where: resolution_transfer(  # noqa: E731
+        encoders, Colours(60, 0), Colours(40, 1), train_size=8, sizes=[16], few=20, hits=hits, **where
+    )
+    plain = read(hits[0])
+    assert not hasattr(encoder, "moved"), "without a device, encoders stay where they are"
+    assert read(hits[1], device=torch.device("cpu")) == plain
+    assert encoder.moved == 2 * [torch.device("cpu")]
+    assert hits[0].keys() == hits[1].keys() and all(torch.equal(hits[0][key], hits[1][key]) for key in hits[0])
+
+
+def test_a_device_is_one_that_is_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_named("auto") == device_named("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="device 'cuda:0' is not here; choose one of auto, cpu; nearest: auto"):
+        device_named("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_named("auto") == torch.device("cuda") and device_named("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="choose one of auto, cpu, cuda, cuda:0, cuda:1; nearest: cuda"):
+        device_named("cdua")
 
 
 class _Rope:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import t as student
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import Normalizer, StandardScaler
 
+from hjepa.evaluate import readers
 from hjepa.evaluate.measures import (
     bootstrap_interval,
     effective_rank,
@@ -18,7 +20,14 @@ from hjepa.evaluate.measures import (
     linear_cka,
     one_thread,
 )
-from hjepa.evaluate.readers import PENALTIES, knn_accuracy, linear_probe, probe_hits, retrieval_hits
+from hjepa.evaluate.readers import (
+    PENALTIES,
+    knn_accuracy,
+    leave_one_out_knn,
+    linear_probe,
+    probe_hits,
+    retrieval_hits,
+)
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -81,6 +90,36 @@ def test_knn_refuses_more_neighbours_than_pictures():
         knn_accuracy(x, y, x, y, k=6)
 
 
+@pytest.mark.parametrize("entries", [60 * 7, 60 * 39 + 1, 1])
+def test_neighbours_read_in_chunks_of_queries_are_those_read_at_once(monkeypatch, entries):
+    """Chunks that divide the queries, that do not, and of one query; never more similarities at once than allowed."""
+    gallery, gallery_labels = _clusters(60, 0)
+    queries, labels = _clusters(42, 1)
+    read = lambda: (  # noqa: E731
+        knn_accuracy(gallery, gallery_labels, queries, labels, 5),
+        leave_one_out_knn(gallery, gallery_labels, 5),
+        retrieval_hits(gallery + queries[:1], gallery),
+    )
+    held: list[int] = []
+    vote = readers._vote
+    monkeypatch.setattr(readers, "_vote", lambda s, *rest: held.append(s.numel()) or vote(s, *rest))
+    whole = read()
+    assert held == [42 * 60, 60 * 60] and all(0 < hits.sum() < len(hits) for hits in whole)
+    monkeypatch.setattr(readers, "ENTRIES", entries)
+    held.clear()
+    assert all(torch.equal(a, b) for a, b in zip(read(), whole, strict=True))
+    assert sum(held) == 42 * 60 + 60 * 60 and max(held) <= max(entries, 60)
+
+
+def test_neighbours_of_a_large_gallery_are_read_within_256_mib():
+    """100,000 pictures: as many queries at once as fit, counted on rows without channels."""
+    asked, held = torch.zeros(2000, 0), []
+    read = lambda similarity, first: held.append((first, similarity.numel())) or similarity[:, 0]  # noqa: E731
+    found = readers._by_chunks(asked, torch.zeros(100_000, 0), read)
+    assert len(found) == 2000 and [first for first, _ in held] == [0, 671, 1342]
+    assert max(entries for _, entries in held) * 4 <= 256 * 2**20
+
+
 def test_probe_finds_classes_that_only_their_direction_tells_apart():
     """One weak linear direction among strong noise: neighbours miss it, the linear reader does not."""
     g = _generator(0)
@@ -125,7 +164,56 @@ def test_probe_takes_the_strongest_penalty_within_one_standard_error_of_the_best
     error = math.sqrt(max(share) * (1 - max(share)) / 60)
     allowed = [p for p, s in zip(PENALTIES, share, strict=True) if s >= max(share) - error]
     assert classes == 2 or int(np.argmax(share)) > PENALTIES.index(allowed[0])  # the rule decides here
-    assert pytest.approx(scale * allowed[0], rel=1e-4) == linear_probe(x, y)[-1].alpha
+    assert pytest.approx(scale * allowed[0], rel=1e-4) == linear_probe(x, y).penalty
+
+
+def _probe_of_sklearn(x, y):
+    """The same rule by scikit-learn: RidgeClassifierCV for the leave-one-out scores, RidgeClassifier for the fit."""
+    wide = [PCA(256, svd_solver="randomized", iterated_power=2, random_state=0)] if x.shape[1] > 2048 else []
+    scaling = make_pipeline(Normalizer(), StandardScaler(with_std=False), *wide)
+    rows = scaling.fit_transform(x.numpy()).astype(np.float64)
+    penalties = len(rows) * max(float(rows.var(axis=0).sum()), 1e-12) * np.array(PENALTIES)
+    search = RidgeClassifierCV(penalties, scoring="accuracy", store_cv_results=True).fit(rows, y.numpy())
+    scores = search.cv_results_  # [N, classes or 1, penalties]
+    guess = search.classes_[scores.argmax(axis=1) if scores.shape[1] > 1 else (scores[:, 0] > 0).astype(int)]
+    share = (guess == y.numpy()[:, None]).mean(axis=0)
+    least = share.max() - math.sqrt(share.max() * (1 - share.max()) / len(y))
+    reader = RidgeClassifier(penalties[int(np.argmax(share >= least))]).fit(rows, y.numpy())
+    return make_pipeline(scaling, reader), share
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("pictures", "width", "classes", "kind"),
+    [(300, 20, 2, ""), (300, 20, 10, ""), (60, 200, 2, ""), (60, 200, 10, ""), (64, 64, 3, ""), (12, 50, 3, ""),
+     (300, 2100, 4, ""), (300, 40, 5, "doubled"), (60, 200, 5, "doubled"), (120, 30, 3, "equal"), (20, 30, 3, "equal"),
+     (200, 30, 4, "alike")],
+)  # fmt: skip
+def test_probe_is_the_one_that_scikit_learn_fits(monkeypatch, pictures, width, classes, kind, seed):
+    """Equal guesses, penalty, scores and leave-one-out accuracies; rows that are many, few, of lower rank, or equal."""
+    g = _generator(seed)
+    centres, scales = torch.randn(classes, width, generator=g), torch.logspace(0, -2, width)
+    draw = lambda y: (centres[y] + 2 * torch.randn(len(y), width, generator=g)) * scales  # noqa: E731
+    y = torch.cat((torch.arange(classes), torch.randint(classes, (pictures - classes,), generator=g)))
+    x, queries = draw(y), draw(torch.randint(classes, (500,), generator=g))
+    if kind == "doubled":
+        x, queries = (torch.cat((each, each[:, : width // 2]), 1) for each in (x, queries))
+    if kind == "equal":
+        x, queries = torch.ones_like(x), torch.ones_like(queries)
+        y[classes : 2 * classes] = 1  # most often this class, without a tie
+    if kind == "alike":
+        x, queries = x + 30, queries + 30
+    y = 3 * y - 2  # labels need not count from 0
+    seen, inner = [], readers._within_one_error
+    monkeypatch.setattr(readers, "_within_one_error", lambda share, n: seen.append(share) or inner(share, n))
+    monkeypatch.setattr(readers, "SCORES", 17 * classes * 7)  # seven rows at once
+    monkeypatch.setattr(readers, "ROWS", 33)
+    probe, (peer, share) = linear_probe(x, y), _probe_of_sklearn(x, y)
+    assert probe.penalty == pytest.approx(peer[-1].alpha, rel=1e-4)
+    assert seen[0].numpy() == pytest.approx(share, abs=0)
+    assert torch.equal(probe.predict(queries), torch.from_numpy(peer.predict(queries.numpy())))
+    assert np.array_equal(probe.predict(queries.numpy()), peer.predict(queries.numpy()))
+    assert kind == "equal" or 1 / classes < share.max() <= 1
 
 
 def test_a_quiet_channel_that_shifts_spoils_a_weak_fixed_penalty_and_not_the_chosen_one():
@@ -147,7 +235,7 @@ def test_probe_on_wide_features_reduces_them_and_still_reads_the_class():
     x = patterns[y] + 3 * torch.randn(300, 2100, generator=g)
     queries = patterns[labels] + 3 * torch.randn(150, 2100, generator=g)
     probe = linear_probe(x, y)
-    assert probe[-1].coef_.shape == (3, 256)
+    assert probe.weights.shape == (256, 3)
     assert probe_hits(probe, queries, labels).double().mean() > 0.9
 
 
