@@ -47,7 +47,7 @@ def error_of(words, capsys, code=2):
     ("words", "reason"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["trian"], "trian is not one of train, evaluate, export, sweep, tour; nearest: train"),
+        (["trian"], "trian is not one of train, evaluate, export, verify, sweep, tour; nearest: train"),
         (["train", "--confg", "x"], "unrecognized arguments: --confg"),
         (["train", "x"], "override 'x' is not of the form key=value"),
         (["train", "--resume"], "--resume needs --run"),
