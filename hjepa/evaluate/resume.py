@@ -4,8 +4,8 @@
     rows = resolution_transfer(encoders, train, test, ..., kept=kept)
     kept.remove()  # once table.csv is written
 
-What is kept counts only under the same fingerprint. Of the pictures it holds the ids, the labels and the pixels of 64 in
-each split: pictures that were changed between two calls under their old names may go unnoticed.
+What is kept counts only under the same fingerprint. Of the pictures it holds the ids, the labels and the pixels of 64
+in each split: pictures that were changed between two calls under their old names may go unnoticed.
 Not covered: features, which are encoded again at the training size, where readers are fitted.
 """
 
