@@ -71,7 +71,7 @@ def overhead(row: Claim, cases: Mapping[str, Mapping[str, float]]) -> Claim:
     text = "; ".join(f"{c}: {{{c}_median:+.1f}} % [{{{c}_low:+.1f}}, {{{c}_high:+.1f}}]" for c in cases)
     over = [case for case in cases if values[f"{case}_high"] > 5]
     within = [case for case in cases if case not in over]
-    verdict = "holds" if not over else f"holds when the model is {', '.join(within)}" if within else "does not hold"
+    verdict = "holds" if not over else f"holds when one leaves out {', '.join(over)}" if within else "does not hold"
     return row | {"values": values, "number": text, "verdict": verdict}
 
 
@@ -97,12 +97,15 @@ def _overhead_from_bench(row: Claim, root: Path, what: str) -> Claim:
 
 
 def bench_ratios(results: Mapping[str, Any], what: str) -> dict[str, dict[str, float]]:
-    """Ratios of RoPE on to off, float32 on one thread, by model: {"ViT-S": {median, low, high}, ..}."""
-    ends = ", float32, " + {"forward": "forward", "training": "forward + backward"}[what]
-    found = {}
+    """Ratios of RoPE on to off, by model, precision and threads where they are not float32 and one:
+    {"ViT-S": {median, low, high}, "ViT-S in bfloat16 on 2 threads": .., ..}."""
+    wanted, found = {"forward": "forward", "training": "forward + backward"}[what], {}
     for entry in results["entries"]:
-        if entry["section"] == "encoders" and entry["title"].endswith(ends) and entry["threads"] == 1:
-            found[entry["title"].removesuffix(ends)] = entry["rows"]["RoPE on"]["ratio"]
+        model, precision, passes = ([*entry["title"].split(", "), "", ""])[:3]
+        if entry["section"] == "encoders" and passes == wanted:
+            name = model + (f" in {precision}" if precision != "float32" else "")
+            name += f" on {entry['threads']} threads" if entry["threads"] > 1 else ""
+            found[name] = entry["rows"]["RoPE on"]["ratio"]
     return found
 
 
