@@ -100,8 +100,8 @@ def mean_and_std(data: ImageData, size: Size = 64) -> tuple[RGB, RGB]:
 
 
 def normalised(images: Tensor, mean: RGB, std: RGB) -> Tensor:
-    """uint8 [..., 3, h, w] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
-    mean_, std_ = (255 * torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+    """uint8 [..., 3, h, w] -> float32 of the same shape and device, (x / 255 - mean) / std per channel."""
+    mean_, std_ = ((255 * torch.tensor(value).view(3, 1, 1)).to(images.device) for value in (mean, std))
     return images.to(torch.float32).sub_(mean_).div_(std_)
 
 
@@ -153,11 +153,14 @@ class TrainView(Dataset):
         return self.augments[side]
 
     def __getitem__(self, key: Sequence[int]) -> Tensor:
+        return normalised(self.pixels(key), self.data.mean, self.data.std)
+
+    def pixels(self, key: Sequence[int]) -> Tensor:
+        """The image before it is normalised: uint8 [3, side, side]."""
         index, sample_seed, *side = key
         # Torch uses the lower 32 bits of a seed only; the product lets all 64 reach the upper half, which we take.
         with seeded(sample_seed * 0x9E3779B97F4A7C15 % 2**64 >> 32):
-            image = self.augment(*side or (self.image_size,))(self.data.source(index))
-        return normalised(image, self.data.mean, self.data.std)
+            return self.augment(*side or (self.image_size,))(self.data.source(index))
 
 
 @contextlib.contextmanager
@@ -246,10 +249,11 @@ def load_data(
     root: folder for downloads and for the indices of large folders; path: the folder of "imagefolder". image_size: the
     largest size in pixels that training will ask for; source() has twice that detail where the data set has it. limit:
     at most so many pictures, classes taken in turn; seed picks which, and a larger limit includes a smaller one.
-    on_corrupt: "error" raises on an image file that cannot be read, "skip" decodes every file first and lists such
-    files in `.skipped`. moved: each picture at a place and scale of its own on a canvas (`hjepa.data.moved`), repeats
-    times; the ids of further placements end in "#1", "#2", ... classes: names of those to keep, which are numbered in
-    this order (None: all). ValueError or FileNotFoundError, one line, on wrong arguments, missing or damaged data.
+    on_corrupt: "error" raises on an image file that cannot be read (when it is first used, where the files are too many
+    to keep in memory), "skip" decodes every file first and lists such files in `.skipped`. moved: each picture at a
+    place and scale of its own on a canvas (`hjepa.data.moved`), repeats times; the ids of further placements end in
+    "#1", "#2", ... classes: names of those to keep, which are numbered in this order (None: all). ValueError or
+    FileNotFoundError, one line, on wrong arguments, missing or damaged data.
     """
     _check(name, split, image_size, limit, on_corrupt)
     _check_moved(moved, repeats)

@@ -1,6 +1,6 @@
 """Which pictures a large folder holds, as arrays in one file that every process maps: one copy for all of them.
 
-    CRC-32 of the rest | length of the header (both int64) | header, JSON | edges int64 [n + 1] | labels int64 [n] | text
+    CRC-32 of the rest, length of the header: int64 | header: JSON | edges: int64 [n + 1] | labels: int64 [n] | text
 
 Path i below the folder is bytes edges[i] to edges[i + 1] of the text. Training pictures come first, validation
 pictures after them, both in sorted order. The first process makes the file, in the cache folder that it is given, and
@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from ..files import alone, user_path, write_whole
 from .folder import find_images, is_validation, known_endings
 
 FEWEST = 10_000  # files that are worth an index
+FOLDERS = 10_000  # to look for them in
 VERSION = 1  # of the file and of the rules for splits
 FRESH = 2_000_000_000  # ns; a folder that changed so shortly before it was read may have changed again unnoticed
 
@@ -93,9 +95,9 @@ def open_index(path: str | Path, split: str, cache: Path) -> Index | None:
 
 
 def _is_large(folder: Path) -> bool:
-    """Whether it has FEWEST files; looks at no more of them, and at no more folders, which may be links in a ring."""
+    """Whether it has FEWEST files; looks into FOLDERS folders at most, since links may form a ring."""
     count = 0
-    for (_, _, files), _ in zip(os.walk(folder, followlinks=True), range(FEWEST), strict=False):
+    for _, _, files in islice(os.walk(folder, followlinks=True), FOLDERS):
         count += len(files)
         if count >= FEWEST:
             return True
