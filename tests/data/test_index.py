@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hjepa.build import load_split
+from hjepa.build import draw_masks, load_split
+from hjepa.config import load_config
 from hjepa.data import folder as folder_module
 from hjepa.data import index, sources
 from hjepa.data.images import SPLITS, load_data
 from hjepa.train.feed import Feed
+from hjepa.train.schedule import batch_at
 
 
 def pictures(folder, classes=("cat", "dog", "owl"), count=23):
@@ -219,18 +221,22 @@ def test_of_more_pictures_than_memory_holds_none_is_decoded_at_the_start_and_unr
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads, from Python 3.12
 @pytest.mark.parametrize("objective", ["masks", "views"])
 def test_workers_decode_and_hand_over_bytes_and_masks_and_name_what_they_cannot_read(
-    tmp_path, large, monkeypatch, tiny, objective
+    tmp_path, large, monkeypatch, objective
 ):
     root = pictures(tmp_path / "pictures")
     monkeypatch.setattr(sources, "MEMORY", 0)
-    folders = (f"data.path={root}", f"data.root={tmp_path / 'cache'}")
-    config = tiny(*folders, f"objective={objective}", "train.num_workers=1", "data.limit=null", "views.keep=0.5")
-    data = load_split(config, "train")
-    size = config.train.batch_size
-    feed = Feed(config, data, range(3), [slice(size // 2, size)], 8, torch.device("cpu"))
+    folders = ("data.name=imagefolder", f"data.path={root}", f"data.root={tmp_path / 'cache'}", "data.image_size=32")
+    sizes = ("train.batch_size=8", "train.num_workers=1", "model.level_weights=[1.0, 0.5]", "views.keep=0.5")
+    config = load_config(None, (*folders, *sizes, f"objective={objective}"))
+    data, rows = load_split(config, "train"), slice(4, 8)
+    feed = Feed(config, data, range(2, 5), [rows], 8, torch.device("cpu"))
     pixels, labels, masks = next(iter(feed._loader()))
-    assert pixels.dtype == torch.uint8 and len(pixels) == len(labels) == size // 2
-    assert len(masks.context_idx) == size // 2 * (1 if objective == "masks" else config.views.large)
+    assert pixels.dtype == torch.uint8 and pixels.shape[:2] == (4, 3)
+    places = batch_at(2, size=len(data), batch_size=8, seed=config.train.seed)[rows]
+    assert labels.tolist() == [int(data.labels[i]) for i, _ in places]
+    whole, views = draw_masks(config, (4, 4), 2), 1 if objective == "masks" else config.views.large
+    for drawn, own in zip((whole.context_idx, *whole.target_idx), (masks.context_idx, *masks.target_idx), strict=True):
+        assert torch.equal(own, torch.cat([view[rows] for view in drawn.chunk(views)]))
     for place, _, files in os.walk(root):
         for file in files:
             Path(place, file).write_bytes(b"")
