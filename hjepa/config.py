@@ -47,7 +47,7 @@ class DataConfig:
     """Which pictures, and how a training view is cut from one."""
 
     name: str = key("openmoji", choices=tuple(DATASETS))  # a name of hjepa.data.DATASETS
-    root: str = "data"  # folder that holds or receives downloaded data sets
+    root: str = "data"  # folder that holds or receives downloaded data sets, and the indices of large folders
     path: str | None = None  # the folder of class folders, for name: imagefolder
     image_size: int = key(64, at_least=1)  # training image side, pixels; the one that features are measured at
     train_scales: list[float] = key([1.0], above=0)  # times image_size: sides drawn from in training

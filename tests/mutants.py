@@ -90,6 +90,12 @@ MUTANTS = [
     # what people hand in
     Mutant("folders of splits taken for classes", "data/folder", "    splits = _split_folders(folder)\n", "    splits: dict = {}\n", "imagefiles"),
     Mutant("splits inside classes mixed", "data/folder", "if len(splits) > 1:\n            what = f\"class", "if False:\n            what = f\"class", "imagefiles"),
+    Mutant("index: a stale one trusted", "data/index", "if check and any(os.stat", "if False and any(os.stat", "index"),
+    Mutant("index: a fresh one trusted", "data/index", "if check and max(stamps", "if False and max(stamps", "index"),
+    Mutant("index: a damaged one trusted", "data/index", "!= zlib.crc32(raw[8:].data)", "== -1", "index"),
+    Mutant("index: nested folders not watched", "data/folder", "stamps.setdefault(str(folder / below),", "below or stamps.setdefault(str(folder / below),", "index"),
+    Mutant("index: validation pictures among the first", "data/index", 'order = np.argsort(held, kind="stable")', "order = np.arange(len(held))", "index"),
+    Mutant("masks of the wrong rows", "train/feed", "masks = masks.rows(rows, 1 if", "masks = masks.rows(slice(0, len(keys)), 1 if", "index"),
     # pooling, predictor, loss
     Mutant("pooling on the transposed grid", "nn/hjepa", "patches.unflatten(1, grid_size)", "patches.unflatten(1, grid_size[::-1])", "model"),
     Mutant("border cells cut off", "nn/hjepa", "ceil_mode=True", "ceil_mode=False", "model"),

@@ -7,7 +7,9 @@ is applied, and an animation gives its first frame. Float pixels have no fixed r
 Not covered: colour profiles (pixels are taken as sRGB), video, labels from anything but the folder's name.
 """
 
+import contextlib
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from ..files import user_path
 from ..inputs import UserError, nearest
 
 TEST_FRACTION = 0.25  # of data sets that come without a split of their own
+VALIDATION_FRACTION = 0.1  # of the training pictures of each class
 SPLIT_WORDS = {
     "train": ("train", "training", "trn"),
     "test": ("test", "testing", "tst", "eval", "evaluation"),
@@ -61,7 +64,7 @@ def read_image(path: str | Path) -> Tensor:
 def check_opens(path: Path) -> None:
     """ValueError on a picture of a kind that this installation of Pillow cannot open, by the file's ending."""
     ending = path.suffix.lower()
-    if ending in UNOPENED and ending not in _opened():
+    if ending in unopened():
         what = f"image file {path} cannot be read (Pillow does not open {ending} files here)"
         raise UserError(f"{what}; store it as PNG or JPEG, or set on_corrupt to skip")
 
@@ -85,8 +88,18 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def find_images(path: str | Path, split: str) -> tuple[list[Path], list[int], list[str]]:
+def unopened() -> set[str]:
+    """Endings of pictures that this installation of Pillow cannot open."""
+    return UNOPENED - _opened()
+
+
+def find_images(
+    path: str | Path, split: str, stamps: dict[str, int] | None = None
+) -> tuple[list[str], list[int], list[str]]:
     """Image files, their labels and the class names, in sorted order, of one split of a folder.
+
+    Files are named by their paths below `path`, with "/". stamps: gets the folders that the result depends on, each
+    with the time of its last change in ns.
 
     path/CLASS/**/FILE, or path/train/CLASS/... beside path/test/CLASS/... (without test: validation), the splits by
     any usual name and case. In the first form `is_test` splits the pictures by their paths below the folder.
@@ -95,26 +108,32 @@ def find_images(path: str | Path, split: str) -> tuple[list[Path], list[int], li
     classes should; both say what was expected.
     """
     folder = existing_folder(user_path(path))
+    stamps = {} if stamps is None else stamps
+    stamps.update((str(item), item.stat().st_mtime_ns) for item in (folder, *_folders(folder)))
     splits = _split_folders(folder)
     train, test = splits.get("train"), splits.get("test") or splits.get("validation")
     if train is not None:
         _warn_of_loose(folder, "folders of splits")
     if train is not None and test is not None:
-        files, labels, classes = _labelled(train)
+        files, labels, classes = _labelled(train, stamps)
         if split == "test":
-            files, labels, found = _labelled(test)
+            files, labels, found = _labelled(test, stamps)
             if unknown := sorted(set(found) - set(classes)):
                 where = test / unknown[0] if unknown != [UNLABELLED] else test
                 raise UserError(f"class folder {where} has no counterpart in {train}")
             labels = [classes.index(found[label]) for label in labels]
-        return files, labels, classes
-    folder = train or folder
-    files, labels, classes = _labelled(folder)
-    chosen = is_test([file.relative_to(folder).as_posix() for file in files], labels)
+        return _below(test if split == "test" else train, folder, files), labels, classes
+    files, labels, classes = _labelled(train or folder, stamps)
+    chosen = is_test(files, labels)
     kept = [i for i, in_test in enumerate(chosen) if in_test == (split == "test")]
     if not kept or (classes == [UNLABELLED] and len(kept) == len(files)):
-        raise UserError(_too_few(folder, len(files), classes, split))
-    return [files[i] for i in kept], [labels[i] for i in kept], classes
+        raise UserError(_too_few(train or folder, len(files), classes, split))
+    return _below(train or folder, folder, [files[i] for i in kept]), [labels[i] for i in kept], classes
+
+
+def _below(inner: Path, folder: Path, files: list[str]) -> list[str]:
+    """Paths below `inner` as paths below `folder`."""
+    return files if inner == folder else [f"{inner.relative_to(folder).as_posix()}/{file}" for file in files]
 
 
 def _too_few(folder: Path, count: int, classes: list[str], split: str) -> str:
@@ -183,6 +202,11 @@ def is_test(
     return [key in test[label] for key, label in zip(keys, labels, strict=True)]
 
 
+def is_validation(keys: Sequence[str], labels: Sequence[int]) -> list[bool]:
+    """Which training pictures are for validation; a class keeps at least one to train on."""
+    return is_test(keys, labels, VALIDATION_FRACTION, least=1)
+
+
 def existing_folder(folder: Path) -> Path:
     if folder.is_dir():
         return folder
@@ -194,37 +218,44 @@ def existing_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"folder {folder} does not exist; {hint}")
 
 
-def _labelled(folder: Path) -> tuple[list[Path], list[int], list[str]]:
+def _labelled(folder: Path, stamps: dict[str, int]) -> tuple[list[str], list[int], list[str]]:
     classes = _folders(folder)
     if not classes:
-        loose = picture_files(folder)
+        loose = _names(folder, stamps)
         if not loose:
             raise UserError(f"folder {folder} is empty; expected images in class folders, {folder / 'CLASS'}/*.png")
         return loose, [0] * len(loose), [UNLABELLED]
-    files, labels = [], []
+    files: list[str] = []
+    labels: list[int] = []
     for label, class_folder in enumerate(classes):
         splits = [item.name for item in _folders(class_folder) if split_of(item.name)]
         if len(splits) > 1:
             what = f"class folder {class_folder} holds folders of splits, {', '.join(splits)}"
             raise UserError(f"{what}; expected {folder / 'train' / class_folder.name} beside test/{class_folder.name}")
-        found = picture_files(class_folder)
+        found = _names(class_folder, stamps)
         if not found:
             raise UserError(f"class folder {class_folder} holds no images; fill it or remove it")
-        files += found
+        files += [f"{class_folder.name}/{name}" for name in found]
         labels += [label] * len(found)
     _warn_of_loose(folder, "class folders")
     return files, labels, [item.name for item in classes]
 
 
 def _warn_of_loose(folder: Path, beside: str) -> None:
-    if loose := picture_files(folder, "*"):
-        what = f"{len(loose)} images beside the {beside} of {folder} are left out, {loose[0].name} first"
+    if loose := _names(folder, {}, deep=False):
+        what = f"{len(loose)} images beside the {beside} of {folder} are left out, {loose[0]} first"
         warnings.warn(f"{what}; move them into one of the folders to use them", stacklevel=2)
 
 
 def _folders(folder: Path) -> list[Path]:
-    found = (item for item in folder.iterdir() if not item.name.startswith((".", "__")))
-    return sorted(item for item in found if item.is_dir())
+    with os.scandir(folder) as entries:
+        seen = (entry for entry in entries if not entry.name.startswith((".", "__")))
+        return sorted(folder / entry.name for entry in seen if _no_link(entry).is_dir())
+
+
+def _no_link(entry: "os.DirEntry[str]") -> "os.DirEntry[str] | Path":
+    """What answers is_dir and is_file without asking the file system, except for a link, which may be broken."""
+    return Path(entry) if entry.is_symlink() else entry
 
 
 def _opened() -> set[str]:
@@ -233,8 +264,30 @@ def _opened() -> set[str]:
     return {ending for ending, kind in known.items() if kind in Image.OPEN and kind not in NO_PICTURES}
 
 
-def picture_files(folder: Path, pattern: str = "**/*") -> list[Path]:
-    """Picture files below a folder ("*": in it), those too that Pillow does not open: none is left out silently."""
-    known = _opened() | UNOPENED
-    found = (item for item in folder.glob(pattern) if item.suffix.lower() in known)
-    return sorted(item for item in found if item.is_file() and not item.name.startswith("."))
+def known_endings() -> set[str]:
+    """Endings of picture files, those too that Pillow does not open: none is left out silently."""
+    return _opened() | UNOPENED
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Picture files below a folder, sorted."""
+    return [folder / name for name in _names(folder, {})]
+
+
+def _names(folder: Path, stamps: dict[str, int], deep: bool = True) -> list[str]:
+    """Picture files below a folder by their paths there, sorted as `Path`s are; links to folders are not followed.
+
+    deep: look into its folders too. stamps: as `find_images`; a folder's time is taken before its files.
+    """
+    known, found, waiting = known_endings(), [], [""]
+    for below in waiting:  # grows meanwhile
+        with contextlib.suppress(PermissionError):
+            stamps.setdefault(str(folder / below), os.stat(folder / below).st_mtime_ns)
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if os.path.splitext(name)[1].lower() in known and name[0] != "." and _no_link(entry).is_file():
+                        found.append(below + name)
+                    elif deep and entry.is_dir(follow_symlinks=False):
+                        waiting.append(f"{below}{name}/")
+    return sorted(found, key=lambda name: name.split("/"))

@@ -11,9 +11,9 @@ Which pictures are for testing never depends on a seed, so no run can train on t
 (recipe, penalty, baseline) are made on "validation", which is cut from the training pictures of every data set and is
 never in "train"; "test" is for what is reported. Imagenette's test pictures are cut into halves, "test" and "test-b".
 All randomness of training (crop, flip, colour) comes from the seed given with each index: a sample is the
-same in whatever process or order it is drawn.
+same in whatever process or order it is drawn. Folders of many files are listed in one mapped file (`data.index`).
 
-Not covered: labels other than one class per picture, video, and data sets too large to list in memory.
+Not covered: labels other than one class per picture, and video.
 """
 
 import contextlib
@@ -22,19 +22,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..inputs import UserError, nearest, size_pair
 from . import openmoji, sources
-from .folder import is_test
+from .folder import is_validation
+from .index import take
 from .moved import MovedPictures
 from .sources import Listing, Request
 
 SPLITS = ("train", "validation", "test")
 FINAL = {"imagenette": "test-b"}  # a split that only the last reading of finished models asks for
-VALIDATION_FRACTION = 0.1  # of the training pictures of each class
 Size = int | Sequence[int]
 RGB = tuple[float, float, float]
 
@@ -55,7 +56,7 @@ class ImageData:
     split: str
     labels: Tensor  # int64 [N]
     classes: list[str]
-    ids: list[str]
+    ids: Sequence[str]
     mean: RGB
     std: RGB
     pictures: Pixels = field(repr=False)
@@ -99,8 +100,8 @@ def mean_and_std(data: ImageData, size: Size = 64) -> tuple[RGB, RGB]:
 
 
 def normalised(images: Tensor, mean: RGB, std: RGB) -> Tensor:
-    """uint8 [..., 3, h, w] -> float32 of the same shape, (x / 255 - mean) / std per channel."""
-    mean_, std_ = (255 * torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+    """uint8 [..., 3, h, w] -> float32 of the same shape and device, (x / 255 - mean) / std per channel."""
+    mean_, std_ = ((255 * torch.tensor(value).view(3, 1, 1)).to(images.device) for value in (mean, std))
     return images.to(torch.float32).sub_(mean_).div_(std_)
 
 
@@ -152,11 +153,14 @@ class TrainView(Dataset):
         return self.augments[side]
 
     def __getitem__(self, key: Sequence[int]) -> Tensor:
+        return normalised(self.pixels(key), self.data.mean, self.data.std)
+
+    def pixels(self, key: Sequence[int]) -> Tensor:
+        """The image before it is normalised: uint8 [3, side, side]."""
         index, sample_seed, *side = key
         # Torch uses the lower 32 bits of a seed only; the product lets all 64 reach the upper half, which we take.
         with seeded(sample_seed * 0x9E3779B97F4A7C15 % 2**64 >> 32):
-            image = self.augment(*side or (self.image_size,))(self.data.source(index))
-        return normalised(image, self.data.mean, self.data.std)
+            return self.augment(*side or (self.image_size,))(self.data.source(index))
 
 
 @contextlib.contextmanager
@@ -242,13 +246,14 @@ def load_data(
     """One split of a registered data set: "train", "validation" (a fixed tenth of each class of the training
     pictures) or "test"; of imagenette also "test-b".
 
-    root: folder for downloads; path: the folder of "imagefolder". image_size: the largest size in pixels that
-    training will ask for; source() has twice that detail where the data set has it. limit: at most so many
-    pictures, classes taken in turn; seed picks which, and a larger limit includes a smaller one. on_corrupt:
-    "error" raises on an image file that cannot be read, "skip" decodes every file first and lists such files
-    in `.skipped`. moved: each picture at a place and scale of its own on a canvas (`hjepa.data.moved`), repeats times;
-    the ids of further placements end in "#1", "#2", ... classes: names of those to keep, which are numbered in this
-    order (None: all). ValueError or FileNotFoundError, one line, on wrong arguments, missing or damaged data.
+    root: folder for downloads and for the indices of large folders; path: the folder of "imagefolder". image_size: the
+    largest size in pixels that training will ask for; source() has twice that detail where the data set has it. limit:
+    at most so many pictures, classes taken in turn; seed picks which, and a larger limit includes a smaller one.
+    on_corrupt: "error" raises on an image file that cannot be read (when it is first used, where the files are too many
+    to keep in memory), "skip" decodes every file first and lists such files in `.skipped`. moved: each picture at a
+    place and scale of its own on a canvas (`hjepa.data.moved`), repeats times; the ids of further placements end in
+    "#1", "#2", ... classes: names of those to keep, which are numbered in this order (None: all). ValueError or
+    FileNotFoundError, one line, on wrong arguments, missing or damaged data.
     """
     _check(name, split, image_size, limit, on_corrupt)
     _check_moved(moved, repeats)
@@ -257,25 +262,32 @@ def load_data(
     request = Request(stored, Path(root).expanduser(), path, image_size, on_corrupt == "skip")
     listing = spec.read(request)
     number = _numbers(name, listing.classes, classes)
-    members = [i for i in _members(listing, split) if listing.labels[i] in number]
+    members = _members(listing, split)
+    if classes is not None:
+        members = [i for i in members if listing.labels[i] in number]
     if not members:
         raise UserError(f"data set {name!r} has no {split} pictures; give some class at least two training pictures")
-    chosen = [members[i] for i in _limited([listing.labels[i] for i in members], limit, seed)]
+    chosen = members
+    if limit is not None and limit < len(members):
+        chosen = [members[i] for i in _limited(take(listing.labels, members), limit, seed)]
     pictures, bad = listing.open(chosen)
     left_out = set(bad)
-    good = [index for position, index in enumerate(chosen) if position not in left_out]
+    good = [index for position, index in enumerate(chosen) if position not in left_out] if bad else chosen
     if not good:
         raise UserError(f"data set {name!r}, {split} split: none of {len(bad)} images can be read")
-    ids = [listing.ids[i] for i in good]
+    ids, labels = take(listing.ids, good), take(listing.labels, good)
+    if classes is not None:
+        labels = [number[label] for label in labels]
+    labels = torch.as_tensor(labels, dtype=torch.int64)
     if moved:
         background = [round(255 * value) for value in spec.mean] if spec.background is None else [spec.background] * 3
         pictures = MovedPictures(pictures, ids, repeats, background, 2 * image_size)
     return ImageData(
         name=name,
         split=split,
-        labels=torch.tensor([number[listing.labels[i]] for i in good], dtype=torch.int64).repeat(repeats),
+        labels=labels if repeats == 1 else labels.repeat(repeats),
         classes=[listing.classes[old] for old in number],
-        ids=ids + [f"{id_}#{repeat}" for repeat in range(1, repeats) for id_ in ids],
+        ids=ids if repeats == 1 else [*ids, *(f"{id_}#{repeat}" for repeat in range(1, repeats) for id_ in ids)],
         mean=spec.mean,
         std=spec.std,
         pictures=pictures,
@@ -318,21 +330,21 @@ def _numbers(name: str, known: list[str], wanted: Sequence[str] | None) -> dict[
     return {known.index(word): number for number, word in enumerate(wanted)}
 
 
-def _members(listing: Listing, split: str) -> list[int]:
+def _members(listing: Listing, split: str) -> Sequence[int]:
     """Places in a listing that belong to the split: training pictures without or only the validation pictures."""
     if split not in ("train", "validation"):
-        return list(range(len(listing.ids)))
-    cut = is_test(listing.groups or listing.ids, listing.labels, VALIDATION_FRACTION, least=1)
+        return range(len(listing.ids))
+    if listing.cut is not None:
+        return range(listing.cut) if split == "train" else range(listing.cut, len(listing.ids))
+    cut = is_validation(listing.groups or listing.ids, listing.labels)
     return [i for i, in_validation in enumerate(cut) if in_validation == (split == "validation")]
 
 
-def _limited(labels: list[int], limit: int | None, seed: int) -> list[int]:
-    """Indices of at most `limit` pictures, in order: a seeded draw from each class in turn."""
-    if limit is None or limit >= len(labels):
-        return list(range(len(labels)))
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
-    seen: dict[int, int] = {}
-    turn = {}
-    for index in shuffled:
-        turn[index] = seen[labels[index]] = seen.get(labels[index], -1) + 1
-    return sorted(sorted(shuffled, key=turn.__getitem__)[:limit])
+def _limited(labels: Sequence[int], limit: int, seed: int) -> list[int]:
+    """Indices of `limit` pictures, in order: a seeded draw from each class in turn."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
+    kinds = np.asarray(labels)[shuffled]
+    grouped = np.argsort(kinds, kind="stable")  # class by class, each as shuffled
+    turn = np.empty_like(grouped)
+    turn[grouped] = np.arange(len(kinds)) - np.searchsorted(kinds[grouped], kinds[grouped])  # place in its class
+    return np.sort(shuffled[np.argsort(turn, kind="stable")[:limit]]).tolist()

@@ -12,7 +12,7 @@ import contextlib
 import gzip
 import socket
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from torch import Tensor
 from ..files import alone, user_path
 from ..inputs import UserError
 from . import openmoji
-from .folder import check_opens, find_images, is_test, read_image
+from .folder import check_opens, find_images, is_test, read_image, unopened
+from .index import open_index, take
 
 TIMEOUT = 15.0  # seconds without an answer before a download gives up
 MEMORY = 1 << 30  # bytes of decoded image files kept in memory; the rest is decoded at each use
@@ -55,14 +56,16 @@ class Request:
 class Listing:
     """One split before its pixels are loaded. open(indices) -> (pictures, positions in indices left out).
 
-    groups: pictures of equal group stay in one split; None: each picture for itself.
+    groups: pictures of equal group stay in one split; None: each picture for itself. cut: of training pictures, the
+    first `cut` are to train on and the others for validation; None: not divided yet.
     """
 
-    ids: list[str]
-    labels: list[int]
+    ids: Sequence[str]
+    labels: Sequence[int]
     classes: list[str]
-    open: Callable[[list[int]], tuple[Any, list[int]]]
+    open: Callable[[Sequence[int]], tuple[Any, list[int]]]
     groups: list[str] | None = None
+    cut: int | None = None
 
 
 def fit(images: Tensor, height: int, width: int, *, fill: int | None) -> Tensor:
@@ -119,17 +122,23 @@ class DrawnPictures:
 
 
 class FilePictures:
-    """Image files. source(): shorter side at most `detail` pixels, kept in memory up to MEMORY bytes."""
+    """Image files, by their paths below a folder. source(): shorter side at most `detail` pixels.
 
-    def __init__(self, files: list[Path], detail: int) -> None:
-        self.files, self.detail = files, detail
+    Decoded pictures are kept in memory up to MEMORY bytes; none is where less than half of them would fit.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], detail: int) -> None:
+        self.folder, self.names, self.detail = folder, names, detail
         self.kept: dict[int, Tensor] = {}
-        self.free = MEMORY
+        self.free = MEMORY if 3 * detail * detail * len(names) <= 2 * MEMORY else 0  # as if all were square
+
+    def file(self, index: int) -> Path:
+        return self.folder / self.names[index]
 
     def source(self, index: int) -> Tensor:
         if index in self.kept:
             return self.kept[index]
-        image = read_image(self.files[index])  # [3, h, w]
+        image = read_image(self.file(index))  # [3, h, w]
         height, width = image.shape[-2:]
         shrink = self.detail / min(height, width)
         if shrink < 1:
@@ -144,7 +153,7 @@ class FilePictures:
     def resized(self, indices: list[int], height: int, width: int) -> Tensor:
         images = torch.empty(len(indices), 3, height, width, dtype=torch.uint8)
         for row, index in enumerate(indices):
-            images[row] = fit(read_image(self.files[index]), height, width, fill=None)
+            images[row] = fit(read_image(self.file(index)), height, width, fill=None)
         return images
 
 
@@ -155,7 +164,7 @@ def read_openmoji(request: Request) -> Listing:
     tested = is_test([item.group for item in emoji], labels)
     places = [i for i in range(len(emoji)) if tested[i] == (request.split == "test")]
 
-    def open_(indices: list[int]) -> tuple[DrawnPictures, list[int]]:
+    def open_(indices: Sequence[int]) -> tuple[DrawnPictures, list[int]]:
         return DrawnPictures([places[i] for i in indices], 2 * request.image_size), []
 
     ids, groups = [emoji[i].id for i in places], [emoji[i].group for i in places]
@@ -222,8 +231,8 @@ def read_stl10(request: Request) -> Listing:
 def _array_listing(
     images: np.ndarray, labels: Any, classes: list[str], split: str, *, fill: int | None
 ) -> Listing:
-    def open_(indices: list[int]) -> tuple[ArrayPictures, list[int]]:
-        return ArrayPictures(torch.from_numpy(np.ascontiguousarray(images[indices])), fill), []
+    def open_(indices: Sequence[int]) -> tuple[ArrayPictures, list[int]]:
+        return ArrayPictures(torch.from_numpy(np.ascontiguousarray(images[np.array(indices)])), fill), []
 
     ids = [f"{split}-{i:05d}" for i in range(len(images))]
     return Listing(ids, [int(label) for label in labels], list(classes), open_)
@@ -248,7 +257,7 @@ def read_imagenette(request: Request) -> Listing:
         state = f"folder {folder} has {len(files)} {stored} images, not {expected}"
         raise UserError(f"{state}; delete it to fetch it again")
     if stored == "test":  # halves of its own test pictures: choices may look at the first, the second is read once
-        second = is_test([file.name for file in files], labels, fraction=0.5)
+        second = is_test([file.rpartition("/")[2] for file in files], labels, fraction=0.5)
         kept = [i for i, in_second in enumerate(second) if in_second == (request.split == "test-b")]
         files, labels = [files[i] for i in kept], [labels[i] for i in kept]
     return _file_listing(request, folder, files, labels, IMAGENETTE)
@@ -257,29 +266,37 @@ def read_imagenette(request: Request) -> Listing:
 def read_imagefolder(request: Request) -> Listing:
     if request.path is None:
         raise UserError("data set 'imagefolder' needs path=, the folder that holds the class folders")
-    files, labels, classes = find_images(request.path, request.split)
-    return _file_listing(request, user_path(request.path), files, labels, classes)
+    folder, index = user_path(request.path), open_index(request.path, request.split, request.root / ".index")
+    if index is None:
+        return _file_listing(request, folder, *find_images(folder, request.split))
+    openable = unopened().isdisjoint(index.endings)
+    return _file_listing(request, folder, index.names, index.labels, index.classes, index.cut, openable)
 
 
 def _file_listing(
-    request: Request, folder: Path, files: list[Path], labels: list[int], classes: list[str]
-) -> Listing:
-    def open_(indices: list[int]) -> tuple[FilePictures, list[int]]:
-        pictures = FilePictures([files[i] for i in indices], 2 * request.image_size)
+    request: Request, folder: Path, names: Sequence[str], labels: Any, classes: list[str], cut: int | None = None,
+    openable: bool = False,
+) -> Listing:  # fmt: skip
+    """openable: all are known to be of kinds that Pillow opens."""
+
+    def open_(indices: Sequence[int]) -> tuple[FilePictures, list[int]]:
+        pictures = FilePictures(folder, take(names, indices), 2 * request.image_size)
+        if openable and not pictures.free and not request.skip_corrupt:
+            return pictures, []
         bad = [i for i in range(len(indices)) if not _readable(pictures, i, request.skip_corrupt)]
         if bad:
             good = sorted(set(range(len(indices))) - set(bad))
             kept = {new: pictures.kept[old] for new, old in enumerate(good) if old in pictures.kept}
-            pictures.files, pictures.kept = [pictures.files[i] for i in good], kept
+            pictures.names, pictures.kept = take(pictures.names, good), kept
         return pictures, bad
 
-    return Listing([file.relative_to(folder).as_posix() for file in files], labels, classes, open_)
+    return Listing(names, labels, classes, open_, cut=cut)
 
 
 def _readable(pictures: FilePictures, index: int, skip_corrupt: bool) -> bool:
     """Decode a file once. Without skipping, files beyond the memory kept are left for later."""
     try:
-        check_opens(pictures.files[index])
+        check_opens(pictures.file(index))
         if not skip_corrupt and pictures.free <= 0:
             return True
         pictures.source(index)

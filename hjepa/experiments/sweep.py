@@ -19,7 +19,8 @@ in run.json and is never run again. One that was stopped is run again in the sam
 should resume there. A run that fails leaves error.txt and holds up nobody.
 
 Runs outlive a sweep that is killed. Each holds its folder's lock, so the next sweep waits for it instead of doubling
-it; results pass through files only, nothing is unpickled.
+it; results pass through files only, nothing is unpickled. A job that Slurm preempts is requeued and goes on as one that
+was stopped, and so is one that reaches timeout_min under Slurm, three times at most (submitit's default).
 Source of the job handling: submitit. Not covered: stopping bad runs early, adaptive search.
 """
 
@@ -29,7 +30,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -54,6 +57,8 @@ POLL = 0.2  # seconds between looks at the running jobs
 # parameters, and keys of overrides
 PATHS = ("path", "root", "data_path", "data_root", "data.path", "data.root", "train.init_from")
 LATE_FILES = 15  # seconds that files of a Slurm job may take to appear here
+GRACE = 300  # seconds between SIGTERM and the end of a job that is preempted, at most
+TERMINATED = threading.Event()  # this job got SIGTERM
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Sweep:
     executor: str = "local"  # local processes, or slurm
     max_parallel: int = 2  # runs at a time
     threads_per_run: int = 1  # CPU threads of each
-    timeout_min: int = 1440  # a longer run fails
+    timeout_min: int = 1440  # a longer run fails; under Slurm it is requeued first
     slurm: dict[str, Any] = field(default_factory=dict)  # submitit's options, such as partition
     out: str = ""  # results folder; runs/sweeps/NAME of the file if absent
     minutes_per_run: float = 0.0  # as timed before; 0: not known
@@ -213,6 +218,27 @@ def _absolute(name: str, value: Any) -> Any:
     return str(user_path(value).absolute()) if name in PATHS else value
 
 
+@dataclass(frozen=True)
+class Job:
+    """What submitit runs. On its signal for preemption (SIGUSR2) it calls `checkpoint` and submits the result again.
+
+    SIGTERM, which may come first and to every process of the job, is noted: a kernel that dies of it is no failed run.
+    """
+
+    notebook: str
+    run: Run
+    threads: int
+
+    def __call__(self) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: TERMINATED.set())
+        run_one(self.notebook, self.run, self.threads)
+
+    def checkpoint(self) -> Any:
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
 def run_one(notebook: str, run: Run, threads: int) -> None:
     """What a job does: hold the folder, run the notebook, leave run.json or error.txt. In a process of its own."""
     os.environ.update(dict.fromkeys(THREADS, str(threads)))
@@ -236,6 +262,8 @@ def _attempt(notebook: str, run: Run) -> None:
         if not isinstance(metrics, dict) or not isinstance(metrics.get("rows"), list):
             raise NotebookError('the notebook left no metrics.json with a list "rows" in run_dir')
     except Exception as error:
+        if TERMINATED.is_set():
+            time.sleep(GRACE)  # the job ends meanwhile
         write_whole(run.folder / "error.txt", f"{_one_line(error)}\n\n{traceback.format_exc()}")
         record["state"] = "failed"
     record["seconds"] = round(time.time() - started, 1)
@@ -306,7 +334,7 @@ class _Jobs:
         (run.folder / "error.txt").unlink(missing_ok=True)
         assert self.executor is not None
         notebook = str(Path(self.sweep.notebook).resolve())
-        return run, self.executor.submit(run_one, notebook, run, self.sweep.threads_per_run)
+        return run, self.executor.submit(Job(notebook, run, self.sweep.threads_per_run))
 
     def look(self, bar: Any) -> None:
         """Take out the runs that ended."""
@@ -341,7 +369,7 @@ def _executor(sweep: Sweep) -> Any:
     import submitit
 
     try:
-        executor = submitit.AutoExecutor(Path(sweep.out) / "jobs", cluster=sweep.executor)
+        executor = submitit.AutoExecutor(Path(sweep.out) / "jobs", cluster=sweep.executor, local_max_num_timeout=0)
         options = {f"slurm_{key}": value for key, value in sweep.slurm.items()} if sweep.executor == "slurm" else {}
         executor.update_parameters(timeout_min=sweep.timeout_min, cpus_per_task=sweep.threads_per_run, **options)
     except (RuntimeError, NameError, TypeError, AssertionError) as error:

@@ -1,24 +1,28 @@
 """What a step feeds the model: pictures, cut into views on the device, with masks and labels.
 
-Loader processes hand over whole batches as they are stored, uint8. Crops and masks are drawn for the global batch
-from (seed, step); each process cuts its own rows. The objective masks alone has one crop per picture, which the
-loader makes (`data.images.TrainView`).
+Loader processes hand over whole batches as they are stored, uint8, and their masks; what is left for the device is to
+normalise, and to cut views. Crops and masks are drawn for the global batch from (seed, step), since all its samples
+keep the same number of tokens; each process keeps its own rows. The objective masks alone has one crop per picture,
+which the loader makes (`data.images.TrainView`).
 
 Not covered: data sets whose pictures have no common shape: `SourcePictures` makes them square.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..build import draw_masks, draw_views, small_side, train_sizes
 from ..config import Config
-from ..data.images import ImageData, TrainView
+from ..data.images import ImageData, TrainView, normalised
 from ..data.sources import fit
 from ..data.views import Crops, cut, places
+from ..inputs import UserError
+from ..nn.masks import Masks
 from .schedule import StepSampler, size_at
 
 
@@ -36,6 +40,36 @@ class SourcePictures(Dataset):
         if picture.shape[1:] != (self.side, self.side):
             picture = fit(picture, self.side, self.side, fill=None)
         return picture, self.data.labels[key[0]]
+
+
+class Batches(Dataset):
+    """Micro-batches of this process: pictures uint8 `[B, 3, S, S]`, labels `[B]`, masks (None where all is seen).
+
+    Indexed by (step, rows of the global batch, a key of `StepSampler` for each row).
+    """
+
+    def __init__(self, config: Config, data: ImageData, patch_size: int) -> None:
+        self.config, self.patch_size = config, patch_size
+        self.sources = SourcePictures(data, 2 * max(train_sizes(config)))
+        self.view = TrainView(
+            data,
+            config.data.image_size,
+            crop_scale=tuple(config.data.crop_scale),
+            flip=config.data.flip,
+            color_jitter=config.data.color_jitter,
+        )
+
+    def __getitem__(self, key: tuple[int, slice, list]) -> tuple[Tensor, Tensor, Masks | None]:
+        step, rows, keys = key
+        if self.config.objective == "masks":
+            found = [(self.view.pixels(key), self.view.data.labels[key[0]]) for key in keys]
+        else:
+            found = [self.sources[key] for key in keys]
+        grid = (keys[0][2] // self.patch_size,) * 2
+        masks = draw_masks(self.config, grid, step)
+        if masks is not None:
+            masks = masks.rows(rows, 1 if self.config.objective == "masks" else self.config.views.large)
+        return *default_collate(found), masks
 
 
 class Feed:
@@ -64,43 +98,35 @@ class Feed:
         batches = iter(self._loader())
         for step in self.steps:
             side = size_at(step, sizes=self.sides, seed=options.seed)
-            masks = draw_masks(self.config, (side // self.patch_size,) * 2, step)
-            alone = self.config.objective == "masks"
-            crops = None if alone else draw_views(self.config, step)
+            crops = None if self.config.objective == "masks" else draw_views(self.config, step)
             for rows in self.rows:
-                batch = next(batches)
+                *batch, masks = _next(batches)
+                pictures, labels = (t.to(self.device, non_blocking=True) for t in batch)
                 if crops is None:
-                    images = batch.to(self.device, non_blocking=True)
-                    yield {"images": images, "masks": None if masks is None else masks.rows(rows).to(self.device)}
+                    arguments = {"images": normalised(pictures, self.data.mean, self.data.std)}
                 else:
-                    arguments = self._views(batch, crops, side, rows)
-                    if masks is not None:
-                        arguments["masks"] = masks.rows(rows, self.config.views.large).to(self.device)
-                    yield arguments
+                    arguments = self._views(pictures, labels, crops, side, rows)
+                if masks is not None:
+                    arguments["masks"] = masks.to(self.device)
+                yield arguments
 
     def _loader(self) -> DataLoader:
-        config, options = self.config, self.config.train
+        options = self.config.train
         sampler = StepSampler(
             self.steps, self.rows, size=len(self.data), batch_size=options.batch_size, seed=options.seed,
             sides=self.sides,
         )  # fmt: skip
-        pictures: Any = SourcePictures(self.data, 2 * max(self.sides))
-        if config.objective == "masks":
-            pictures = TrainView(
-                self.data,
-                config.data.image_size,
-                crop_scale=tuple(config.data.crop_scale),
-                flip=config.data.flip,
-                color_jitter=config.data.color_jitter,
-            )
-        pin = self.device.type == "cuda"
-        return DataLoader(pictures, batch_sampler=sampler, num_workers=options.num_workers, pin_memory=pin)  # type: ignore[arg-type]
+        slots = itertools.product(self.steps, self.rows)
+        return DataLoader(
+            Batches(self.config, self.data, self.patch_size), batch_size=None, num_workers=options.num_workers,
+            sampler=((*slot, keys) for slot, keys in zip(slots, sampler, strict=True)),  # type: ignore[arg-type]
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
 
     def _views(
-        self, batch: Sequence[Tensor], crops: tuple[list[Crops], list[Crops]], side: int, rows: slice
+        self, pictures: Tensor, labels: Tensor, crops: tuple[list[Crops], list[Crops]], side: int, rows: slice
     ) -> dict[str, Any]:
         """Views of a batch of pictures `[B, 3, S, S]` with labels `[B]`, as arguments of the model."""
-        pictures, labels = (t.to(self.device, non_blocking=True) for t in batch)
         arguments: dict[str, Any] = {"pictures": len(pictures)}
         kinds = (("images", "places", side), ("small", "small_places", small_side(self.config, side)))
         for (name, where, pixels), drawn in zip(kinds, crops, strict=True):
@@ -114,3 +140,11 @@ class Feed:
         if self.config.objective == "labels":
             arguments["labels"] = labels
         return arguments
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """The next batch. ValueError in one line, if a picture cannot be read; a worker adds its traceback."""
+    try:
+        return next(batches)
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

@@ -226,9 +226,9 @@ def test_measuring_reads_the_file_and_training_a_copy_of_twice_the_size(tmp_path
 def test_samples_do_not_depend_on_the_memory_that_is_free(tmp_path, monkeypatch):
     grid(tmp_path, size=(50, 40))
     kept = TrainView(load_data("imagefolder", path=tmp_path, image_size=16), 16)
-    monkeypatch.setattr(sources, "MEMORY", 2 * 3 * 32 * 40)  # room for two pictures
+    monkeypatch.setattr(sources, "MEMORY", 6 * 3 * 32 * 40)  # room for six pictures
     read = TrainView(load_data("imagefolder", path=tmp_path, image_size=16), 16)
-    assert len(kept.data.pictures.kept) == len(kept) == 10 and len(read.data.pictures.kept) == 2
+    assert len(kept.data.pictures.kept) == len(kept) == 10 and len(read.data.pictures.kept) == 6
     for index in range(10):
         assert torch.equal(kept[index, 7], read[index, 7])
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import numpy as np
@@ -405,3 +406,42 @@ def test_a_sweep_says_cells_and_minutes_before_it_starts(tmp_path):
     assert "3 of 6 runs to do (2 cells, 3 seeds), 2 at a time, about 20 minutes" in announcement(sweep, runs)
     unknown = load_sweep(write(tmp_path, "seeds: [4]", "u.yaml"))
     assert "minutes not known before a first run" in announcement(*unknown)
+
+
+RESUMING = """
+import json, os, time
+from pathlib import Path
+folder = Path(run_dir)
+with (folder / "kernels.txt").open("a") as log:
+    log.write(f"{os.getpid()}\\n")
+resumed = (folder / "half").exists()
+(folder / "half").touch()
+if not resumed:
+    time.sleep(60)
+(folder / "metrics.json").write_text(json.dumps({"rows": [{"metric": "resumed", "value": float(resumed), "seed": 0}]}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="no SIGUSR2 here, the signal of submitit")
+def test_a_preempted_job_is_requeued_and_its_notebook_goes_on(tmp_path, monkeypatch):
+    """As Slurm preempts: SIGTERM to every process, which the kernel dies of, and a little later submitit's signal."""
+    monkeypatch.setitem(globals(), "BODY", RESUMING)
+    path = write(make_folder(tmp_path), "seeds: [0]")
+    (run,) = load_sweep(path)[1]
+
+    def preempt():
+        until = time.time() + 60
+        while not (run.folder / "half").exists() and time.time() < until:
+            time.sleep(0.1)
+        job, kernel = (int((run.folder / name).read_text()) for name in (".lock.pid", "kernels.txt"))
+        os.kill(job, signal.SIGTERM)
+        os.kill(kernel, signal.SIGTERM)
+        time.sleep(8)  # nbclient looks every few seconds whether the kernel lives
+        os.kill(job, signal.SIGUSR2)
+
+    with ThreadPoolExecutor(1) as pool:
+        preempted = pool.submit(preempt)
+        assert run_sweep(path, progress=False) == []
+        preempted.result()
+    assert len((run.folder / "kernels.txt").read_text().split()) == 2
+    assert read_json(run.folder / "metrics.json")["rows"][0]["value"] == 1
