@@ -15,7 +15,7 @@ HYGIENE := --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
 .DEFAULT_GOAL := help
-.PHONY: help env tour lab test lint floors mutants kills fuzz bench site
+.PHONY: help env tour lab test lint floors mutants kills fuzz bench race site
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ fuzz: $(READY)  ## feed damaged and random input to everything that reads input
 
 bench: $(READY)  ## time the package against its peers
 	$(BIN)/python -m benchmarks $(ARGS)
+
+race: $(READY)  ## minutes of training until a probe of photographs reads .50, as a row of benchmarks/race.csv
+	$(BIN)/python -m benchmarks.race $(ARGS)
 
 site: $(READY)  ## build the site into docs/_build/html
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html

@@ -28,6 +28,7 @@ TITLES = {
     "dropping": "Dropping hidden tokens",
     "masks": "Mask sampling, against the step",
     "data": "Data loading, against the step",
+    "views": "A step on views of photographs, against a plain loop and lightly",
 }
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#999999"
 
@@ -82,7 +83,11 @@ def _timed_rows(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for name, row in entry["rows"].items():
             ratio = row["ratio"]
             text = "1" if name == entry["base"] else f"{_number(ratio['median'])} {_interval(ratio)}"
-            yield f"| {what} | {name} | {duration(row['seconds']['median'])} | {text} | {_aim(row, ratio['median'])} |"
+            seconds = row["seconds"]["median"]
+            time = duration(seconds)
+            if "pictures" in entry:
+                time += f", {entry['pictures'] / seconds:.0f} pictures/s"
+            yield f"| {what} | {name} | {time} | {text} | {_aim(row, ratio['median'])} |"
             what = " | "
 
 

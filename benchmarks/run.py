@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import rotating, stepping
+from benchmarks import rotating, stepping, views
 from benchmarks.rotating import Entry, Setup, matmul_speed
 
 FOLDER = Path(__file__).resolve().parent
@@ -29,6 +29,7 @@ SECTIONS: dict[str, Callable[[Setup], Iterator[Entry]]] = {
     "dropping": stepping.dropping,
     "masks": stepping.masks,
     "data": stepping.data,
+    "views": views.views,
 }
 
 
@@ -88,7 +89,11 @@ def line(entry: Entry) -> str:
     if "value" in entry:
         return f"{entry['title']}: {entry['value']:.4g} {entry['unit']}"
     ratios = ", ".join(f"{name} {row['ratio']['median']:.3f}" for name, row in list(entry["rows"].items())[1:])
-    return f"{entry['title']}, {entry['threads']} thread(s): {ratios}"
+    speeds = "".join(
+        f"; {name} {entry['pictures'] / row['seconds']['median']:.0f} pictures/s"
+        for name, row in (entry["rows"].items() if "pictures" in entry else ())
+    )
+    return f"{entry['title']}, {entry['threads']} thread(s): {ratios}{speeds}"
 
 
 def rounded(tree: Any) -> Any:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peers, report, run, timing
+from benchmarks import peers, report, rotating, run, timing, views
 from benchmarks.__main__ import main
 from benchmarks.rotating import saved_bytes
+from hjepa.nn.losses import contrastive_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "benchmarks" / "results.json"
@@ -89,6 +90,46 @@ def test_the_peers_do_the_work_that_is_timed() -> None:
     layers["rotary-embedding-torch"].attn.load_state_dict(states[0])  # type: ignore[attr-defined]
     for name in ("textbook", "rotary-embedding-torch"):
         torch.testing.assert_close(layers[name](x), layers["hjepa"](x), atol=1e-5, rtol=0)
+
+
+def test_the_peers_of_the_recipe_encode_as_many_tokens_by_as_many_weights(tmp_path: Path) -> None:
+    """What enters the first block, and the number of weights but for the position embedding."""
+    images = views.pictures_in(tmp_path, 8)
+    config = views.config_of(rotating.Setup(quick=True), tmp_path)
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def listen(name: str, vit: Any) -> None:
+        shapes[name] = []
+        vit.blocks[0].register_forward_pre_hook(lambda module, args: shapes[name].append(tuple(args[0].shape)))
+
+    with views.package(config) as own:
+        assert views.Plain(config, images, False, fused=False).vit.blocks[0].attn.fused_attn is False
+        plain = views.Plain(config, images, half=False)
+        listen("hjepa", own.unwrapped.context_encoder.vit)
+        listen("plain loop", plain.vit)
+        before = plain.vit.patch_embed.proj.weight.clone()
+        own.step(0, own.feed(), logging=False)
+        plain()
+    assert shapes["hjepa"] == shapes["plain loop"] == [(8, 21, 24), (4, 16, 24)]
+    assert not torch.equal(before, plain.vit.patch_embed.proj.weight)
+    assert not torch.equal(before, plain.average.module.patch_embed.proj.weight)
+    mine, theirs = (sum(p.numel() for p in vit.parameters()) for vit in (own.unwrapped.context_encoder, plain.vit))
+    assert theirs - mine == plain.vit.pos_embed.numel() == 64 * 24
+    assert [p.shape for p in plain.projector.parameters()] == [p.shape for p in own.unwrapped.projector.parameters()]
+
+
+def test_the_plain_loop_cuts_the_same_crops_and_has_the_same_loss(tmp_path: Path) -> None:
+    z = torch.randn(3 * 5, 8)
+    torch.testing.assert_close(views.contrastive(z, 5, 0.1), contrastive_loss(z.unflatten(0, (3, 5)), None, 0.1))
+    ramp = torch.linspace(0, 1, 128).expand(200, 3, 128, 128)  # brightness is the place across
+    plain = views.Plain(views.config_of(rotating.Setup(quick=True), tmp_path), ramp, half=False)
+    plain.mean, plain.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    plain.config.views.color_jitter = plain.config.views.grey = 0.0
+    cut = plain.view(ramp, 32, [0.25, 0.25])
+    width = (cut[..., -1] - cut[..., 0])[:, 0, 0] * 32 / 31
+    assert 0.4 < (width < 0).float().mean() < 0.6  # mirrored
+    assert 0.43 < width.abs().min() < 0.46 and 0.55 < width.abs().max() < 0.58  # sqrt(.25 * 3 / 4), sqrt(.25 * 4 / 3)
+    assert cut.min() < 0.05 and cut.max() > 0.95
 
 
 def test_a_quick_run_measures_every_section_in_under_twenty_seconds(quick: tuple[dict[str, Any], float]) -> None:
