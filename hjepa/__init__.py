@@ -12,6 +12,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     nn.timm_rope                          the same rotation in timm's own rotary models
     nn.predictor nn.losses nn.hjepa       queries (level, position) -> features; what prevents collapse; HJEPA
     data.openmoji data.folder             drawings; image files and the folders they lie in
+    data.index                            the files of a large folder, listed once in a mapped file
     data.sources data.moved               pictures as they are; each at a place of its own on a canvas
     data.images data.views                pictures by name, at any image size; crops of whole batches
     config                                YAML -> typed configuration, every key with its range beside it

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,14 @@ def test_table_and_readme_quote_the_committed_results(results: dict[str, Any]) -
 def test_an_unknown_section_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "rotations"]) == 2
     assert "'rotations'" in capsys.readouterr().err and main(["--only", "nothing"]) == 2
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_feeding_runs_and_leaves_nothing(tmp_path: Path) -> None:
+    words = ["--folder", str(tmp_path), "--links", "300", "--files", "200", "--steps", "1"]
+    command = [sys.executable, "-m", "benchmarks.feeding", *words]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    lines = said.stdout.splitlines()
+    assert [line.split(" {")[0] for line in lines[:3]] == ["made", "opened cold", "opened again"]
+    assert '"pictures": 210' in lines[2] and "2 workers, waited" in said.stdout
+    assert not list(tmp_path.iterdir())
