@@ -175,6 +175,7 @@ def run_tests(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
         sys.path[:] = [str(copy), str(copy / "tests"), *(entry for entry in sys.path if Path(entry or ".").resolve() not in OURS)]
         sys.dont_write_bytecode = True
         os.chdir(copy)
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # tests start processes
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = pytest.main([*files, "-x", "-q", "-p", "no:cacheprovider", "--noconftest", *UNREWRITTEN])
