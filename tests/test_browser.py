@@ -171,9 +171,7 @@ def test_the_site_finds_a_word(browser: Any, site: str) -> None:
     page.goto(f"{site}/index.html")
     page.fill("input[name=q]", "extrapolate")
     page.press("input[name=q]", "Enter")
-    page.wait_for_selector("#search-results li a", timeout=20_000)
-    links = page.locator("#search-results li a").evaluate_all("links => links.map(a => a.getAttribute('href'))")
-    assert any(link.startswith("guide.html") for link in links), links
+    page.wait_for_selector("#search-results li a[href^='guide.html']", timeout=20_000)  # they appear one by one
     screenshot(page, "site-search")
     page.close()
 
