@@ -34,6 +34,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.rotating import Entry, Setup
 from benchmarks.timing import compare
 from hjepa.config import Config, load_config
+from hjepa.data.images import IMAGENET
 from hjepa.train.loop import _callers_state, _Run
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "photographs.yaml"
@@ -120,7 +121,7 @@ class Plain:
         )
         self.optimizers = Optimizers(nn.ModuleList([self.vit, self.projector]), config)
         self.average = AveragedModel(self.vit, multi_avg_fn=get_ema_multi_avg_fn(MOMENTUM))
-        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in IMAGENET)
 
     def view(self, x: Tensor, side: int, scale: list[float]) -> Tensor:
         """One random crop of each picture `[B, 3, S, S]` (numbers 0 to 1), mirrored and recoloured at random."""
@@ -182,7 +183,7 @@ def lightly_step(config: Config, pictures: Tensor, half: bool) -> Callable[[], N
         *zip(views.large_scale, views.small_scale, strict=True),
         v2.Compose([
             v2.RandomHorizontalFlip(), v2.ColorJitter(jitter, jitter, jitter), v2.RandomGrayscale(views.grey),
-            v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(*IMAGENET),
         ]),
     )  # fmt: skip
     encoder = MaskedVisionTransformerTIMM(plain_vit(config)).train()

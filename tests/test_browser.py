@@ -172,6 +172,8 @@ def test_the_site_finds_a_word(browser: Any, site: str) -> None:
     page.fill("input[name=q]", "extrapolate")
     page.press("input[name=q]", "Enter")
     page.wait_for_selector("#search-results li a[href^='guide.html']", timeout=20_000)  # they appear one by one
+    links = page.locator("#search-results li a").evaluate_all("links => links.map(a => a.getAttribute('href'))")
+    assert any(link.startswith("guide.html") for link in links), links
     screenshot(page, "site-search")
     page.close()
 

@@ -213,7 +213,8 @@ def _absolute(name: str, value: Any) -> Any:
     if not isinstance(value, str) or not value:
         return value
     key, equals, path = value.partition("=")
-    if equals and key.strip() in PATHS and path.strip() not in ("", "~", "null", *list_pretrained()):
+    names = list_pretrained() if key.strip() == "train.init_from" else []  # encoders of the package, no paths
+    if equals and key.strip() in PATHS and path.strip() not in ("", "~", "null", *names):
         return f"{key.strip()}={user_path(path.strip()).absolute()}"
     return str(user_path(value).absolute()) if name in PATHS else value
 

@@ -50,6 +50,7 @@ class Batches(Dataset):
 
     def __init__(self, config: Config, data: ImageData, patch_size: int) -> None:
         self.config, self.patch_size = config, patch_size
+        self.drawn: tuple[Any, Masks | None] = (None, None)  # step and grid of the last masks, and the masks
         self.sources = SourcePictures(data, 2 * max(train_sizes(config)))
         self.view = TrainView(
             data,
@@ -66,7 +67,9 @@ class Batches(Dataset):
         else:
             found = [self.sources[key] for key in keys]
         grid = (keys[0][2] // self.patch_size,) * 2
-        masks = draw_masks(self.config, grid, step)
+        if self.drawn[0] != (step, grid):  # once for all micro-batches of a step
+            self.drawn = (step, grid), draw_masks(self.config, grid, step)
+        masks = self.drawn[1]
         if masks is not None:
             masks = masks.rows(rows, 1 if self.config.objective == "masks" else self.config.views.large)
         return *default_collate(found), masks
