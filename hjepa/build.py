@@ -32,6 +32,8 @@ def encoder_arguments(config: Config) -> dict[str, Any]:
         "use_rope": use_rope,
         "rope_theta": theta,
         "use_absolute": model.use_absolute,
+        "position_embedding": model.position_embedding,
+        "position_embedding_std": model.position_embedding_std,
         "use_alibi": model.use_alibi,
         "rope": rope,
         "vit": vit,

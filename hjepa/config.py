@@ -108,7 +108,9 @@ class ModelConfig:
     class_token: bool | None = False  # keep a CLS token
     act_layer: str | None = key(None, choices=(None, "gelu", "gelu_tanh", "relu", "silu"))  # of the MLPs
     pretrained: bool = False  # start from timm's published weights
-    use_absolute: bool = True  # keep the learned position embedding
+    use_absolute: bool = True  # keep the position embedding
+    position_embedding: str = key("learned", choices=("learned", "sincos"))  # sincos: fixed sines and cosines
+    position_embedding_std: float | None = key(None, above=0)  # of a learned one at the start; null: 0.02, timm's
     use_alibi: bool = False  # bias attention by distance, 2-D ALiBi; on other grids by rope.strategy
     rope: RopeConfig = field(default_factory=RopeConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
@@ -172,6 +174,8 @@ class TrainConfig:
     ema_start: float = key(0.99, at_least=0, at_most=1)  # momentum of the target encoder at step 0
     ema_end: float = key(1.0, at_least=0, at_most=1)  # momentum at the last step
     mixed_precision: str = key("auto", choices=("auto", "no", "bf16", "fp16"))  # auto: what the processor is fast in
+    tf32: bool = False  # products of float32 matrices in TensorFloat-32, on GPUs that have it
+    compile: bool = False  # compile the transformer blocks, once for each shape of their tokens
     init_from: str | None = None  # weights to start from: a run's, a checkpoint's, or a name of list_pretrained()
     seed: int = key(0, at_least=0)  # everything random follows from it
     num_workers: int = key(0, at_least=0)  # loader processes

@@ -146,12 +146,11 @@ def _filters(start: Tensor, length: Tensor, side: int, pixels: int, mirrored: Te
 def _recolour(x: Tensor, crops: Crops, mean: Tensor, std: Tensor) -> Tensor:
     """Brightness, then contrast about the mean grey, then saturation; clamped to 0..1 and normalised, in place."""
     luma = x.new_tensor(LUMA)
-    if bool((crops.brightness != 1).any() | (crops.contrast != 1).any() | (crops.saturation != 1).any()):
-        grey = (x.mean((2, 3)) @ luma) * crops.brightness  # [B], after the change of brightness
-        mix = torch.eye(3, device=x.device) * crops.saturation[:, None, None]
-        mix = (mix + (1 - crops.saturation)[:, None, None] * luma) * (crops.brightness * crops.contrast)[:, None, None]
-        offset = ((1 - crops.contrast) * grey)[:, None, None]
-        x = torch.baddbmm(offset, mix, x.flatten(2)).unflatten(2, x.shape[2:])
+    grey = (x.mean((2, 3)) @ luma) * crops.brightness  # [B], after the change of brightness
+    mix = torch.eye(3, device=x.device) * crops.saturation[:, None, None]
+    mix = (mix + (1 - crops.saturation)[:, None, None] * luma) * (crops.brightness * crops.contrast)[:, None, None]
+    offset = ((1 - crops.contrast) * grey)[:, None, None]
+    x = torch.baddbmm(offset, mix, x.flatten(2)).unflatten(2, x.shape[2:])
     return x.clamp_(0, 1).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 

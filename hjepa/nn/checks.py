@@ -26,6 +26,11 @@ def check_tensor(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a tensor, not {value!r:.40}")
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether a value of the tensor can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def check_index(index: Tensor, batch: int, grid: tuple[int, int]) -> None:
     """Raise ValueError unless `index` is `[batch, n]` int64, n > 0, within the grid and without repeats in a row."""
     check_tensor("context_idx", index)
@@ -36,10 +41,15 @@ def check_index(index: Tensor, batch: int, grid: tuple[int, int]) -> None:
         raise ValueError("context_idx is empty: the encoder needs at least one patch of each sample")
     if torch.compiler.is_compiling() or index.is_meta:  # no values to look at
         return
-    low, high = int(index.min()), int(index.max())
+    ordered = index.sort(dim=1).values
+    if not on_cpu(index):  # reading a value would wait for the device
+        inside = (ordered[:, 0] >= 0) & (ordered[:, -1] < patches)
+        once = (ordered[:, 1:] > ordered[:, :-1]).all(1)
+        torch._assert_async((inside & once).all(), f"context_idx is not within 0..{patches - 1}, or repeats a patch")
+        return
+    low, high = int(ordered[:, 0].min()), int(ordered[:, -1].max())
     if low < 0 or high >= patches:
         raise ValueError(f"context_idx has {low}..{high}, the grid {grid} has 0..{patches - 1}")
-    ordered = index.sort(dim=1).values
     repeated = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
     if repeated.numel():
         raise ValueError(f"context_idx repeats patch {int(repeated[0])} within a sample: each patch at most once")

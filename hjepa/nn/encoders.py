@@ -26,12 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..inputs import patch_grid
+from ..inputs import check_choice, patch_grid
 from .alibi import ALiBi2D, with_bias
 from .checks import as_masked, check_index, check_masked, square_patch
-from .frequencies import STRATEGIES
+from .frequencies import STRATEGIES, grid_positions, sincos_positions
 from .rope import VisionRoPE2D
 from .vit import GridViT, add_rope, block_weights, build_vit, freeze_head, run_block
+
+POSITION_EMBEDDINGS = ("learned", "sincos")
 
 
 class _Encoder(nn.Module):
@@ -46,6 +48,8 @@ class _Encoder(nn.Module):
         rope_theta: float = 10000.0,
         *,
         use_absolute: bool = True,
+        position_embedding: str = "learned",
+        position_embedding_std: float | None = None,
         use_alibi: bool = False,
         rope: Mapping[str, Any] | None = None,
         vit: Mapping[str, Any] | None = None,
@@ -62,9 +66,30 @@ class _Encoder(nn.Module):
         freeze_head(self.vit)
         if not use_absolute:
             self.vit.pos_embed = None
+        elif position_embedding != "learned" or position_embedding_std is not None:
+            if pretrained:
+                raise ValueError(
+                    "pretrained=True brings a position embedding: leave position_embedding='learned' and "
+                    "position_embedding_std=None"
+                )
+            self._start_embedding(position_embedding, position_embedding_std)
         self.rope = self._add_rope(rope_theta, dict(rope or {})) if use_rope else None
         self.alibi = self._add_alibi((rope or {}).get("strategy", "extrapolate")) if use_alibi else None
         self.vit.set_grad_checkpointing(use_gradient_checkpointing)
+
+    def _start_embedding(self, kind: str, std: float | None) -> None:
+        """The position embedding at the start: fixed sines and cosines of the training grid, or random of that std."""
+        check_choice("position_embedding", kind, POSITION_EMBEDDINGS)
+        embedding: Any = self.vit.pos_embed
+        if kind == "learned" and std is not None:
+            nn.init.trunc_normal_(embedding, std=std)
+            return
+        if self.embed_dim % 4:
+            raise ValueError(f"position_embedding=sincos takes a width that is a multiple of 4, not {self.embed_dim}")
+        code = sincos_positions(grid_positions(*self.grid_size), self.embed_dim)
+        with torch.no_grad():
+            embedding.zero_()[0, -len(code) :] = code  # nothing for tokens without a place
+        embedding.requires_grad_(False)
 
     def _add_alibi(self, strategy: str) -> ALiBi2D:
         first: Any = self.vit.blocks[0].attn
@@ -350,6 +375,8 @@ def create_encoder(
     rope_theta: float = 10000.0,
     *,
     use_absolute: bool = True,
+    position_embedding: str = "learned",
+    position_embedding_std: float | None = None,
     use_alibi: bool = False,
     rope: Mapping[str, Any] | None = None,
     vit: Mapping[str, Any] | None = None,
@@ -366,7 +393,9 @@ def create_encoder(
         pretrained: load timm's weights (downloads them).
         use_rope: rotate queries and keys.
         rope_theta: base of RoPE's frequencies.
-        use_absolute: keep the learned position embedding. With use_rope this is the hybrid of the report.
+        use_absolute: keep the position embedding. With use_rope this is the hybrid of the report.
+        position_embedding: "learned", or "sincos": fixed, sines and cosines of (row, column) as in MAE and I-JEPA.
+        position_embedding_std: of a learned one at the start; None is timm's 0.02.
         use_alibi: bias the scores by distance (`ALiBi2D`), under rope's strategy.
         rope: more options of VisionRoPE2D (kind, strategy, learnable, ..).
         vit: more options of timm's VisionTransformer (patch_size, embed_dim, depth, num_heads, class_token, ..).
@@ -376,7 +405,10 @@ def create_encoder(
     Raises:
         ValueError: a model, size or option that does not fit, naming the value and what is allowed.
     """
-    kwargs: dict[str, Any] = dict(use_absolute=use_absolute, use_alibi=use_alibi, rope=rope, vit=vit)
+    kwargs: dict[str, Any] = dict(
+        use_absolute=use_absolute, position_embedding=position_embedding, use_alibi=use_alibi, rope=rope, vit=vit,
+        position_embedding_std=position_embedding_std,
+    )  # fmt: skip
     saving = use_gradient_checkpointing
     context = ContextEncoder(
         encoder_type, img_size, pretrained, use_rope, rope_theta, use_gradient_checkpointing=saving, **kwargs

@@ -116,3 +116,10 @@ def magnitude(strategy: str, grid_size: tuple[int, int], trained: tuple[int, int
 
 def _per_axis(size: tuple[int, int], like: Tensor) -> Tensor:
     return torch.tensor(size, dtype=torch.float32, device=like.device)[:, None, None]
+
+
+def sincos_positions(positions: Tensor, dim: int, theta: float = 10000.0) -> Tensor:
+    """Fixed code of (row, column) positions: `[..., 2]` -> `[..., dim]`, fractions allowed (Vaswani et al., 2017)."""
+    omega = theta ** -(torch.arange(dim // 4, device=positions.device) / (dim // 4))
+    angles = positions[..., None] * omega
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(-2)

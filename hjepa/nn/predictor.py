@@ -22,15 +22,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .alibi import ALiBi2D
+from .frequencies import sincos_positions
 from .rope import VisionRoPE2D
 from .vit import add_rope, run_block, widen_half
-
-
-def sincos_positions(positions: Tensor, dim: int, theta: float = 10000.0) -> Tensor:
-    """Fixed code of (row, column) positions: `[..., 2]` -> `[..., dim]`, fractions allowed (Vaswani et al., 2017)."""
-    omega = theta ** -(torch.arange(dim // 4, device=positions.device) / (dim // 4))
-    angles = positions[..., None] * omega
-    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
 class Predictor(nn.Module):

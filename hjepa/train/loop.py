@@ -20,13 +20,14 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -52,6 +53,7 @@ from .sharding import fsdp_plugin, is_sharded, prepare, whole_optimizer, whole_w
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
 
+GRAPHS = 64  # of a block, one for each shape of its tokens: large and small views, seen and whole, of each image size
 BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu
 
 
@@ -74,20 +76,30 @@ def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress
     """
     run_dir = user_path(run_dir)
     main = int(os.environ.get("RANK", "0")) == 0
-    with _callers_state(), hold(run_dir) if main else nullcontext():
+    with _callers_state(), _compiling(config.train.compile), hold(run_dir) if main else nullcontext():
         return _Run(config, run_dir, resume, progress).train()
 
 
 @contextmanager
 def _callers_state() -> Iterator[None]:
-    """Threads of torch and random state are the caller's again afterwards."""
-    threads = torch.get_num_threads()
+    """Threads and precision of torch and random state are the caller's again afterwards."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def _compiling(wanted: bool) -> AbstractContextManager:
+    """Where blocks are compiled, one graph for each shape, torch may keep GRAPHS of them in place of eight."""
+    if not wanted:
+        return nullcontext()
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=GRAPHS)
 
 
 class _Run:
@@ -98,6 +110,8 @@ class _Run:
         options = config.train
         note = check_run_dir(config, run_dir, resume)
         torch.set_num_threads(options.threads)
+        if options.tf32:
+            torch.set_float32_matmul_precision("high")
         self.precision = choose_precision(options.mixed_precision)
         self.accelerator = _accelerator(self.precision, options.accumulate)
         if self.accelerator.is_main_process and self.accelerator.device.type == "cpu":
@@ -117,6 +131,8 @@ class _Run:
         if note and self.progress:
             tqdm.write(note, file=sys.stderr)
         self.held_out: tuple[Tensor, ...] | None = None
+        self.lazy = self.accelerator.device.type != "cpu"  # a number is read when it is logged
+        self.broken: dict[str, Tensor] = {}  # by name: step and value of the first that was not finite
         self.last_good = latest_checkpoint(run_dir) if resume else None
         self.start = self._build()
         self.accelerator.wait_for_everyone()
@@ -137,6 +153,9 @@ class _Run:
         self.unwrapped = build_model(self.config, len(self.train_data.classes))
         if options.init_from and not self.last_good:
             _start_from(options.init_from, self.unwrapped)
+        if options.compile:
+            for block in [module for module in self.unwrapped.modules() if isinstance(module, Block)]:
+                block.compile(dynamic=False)
 
         def optimizer() -> torch.optim.Optimizer:
             return build_optimizer(
@@ -200,7 +219,12 @@ class _Run:
         return (side // self.unwrapped.context_encoder.patch_size,) * 2
 
     def step(self, step: int, feed: Iterator[dict[str, Any]], logging: bool = True) -> dict[str, Any]:
-        """One optimiser step over the global batch; returns its log row, without feature_std if not logging."""
+        """One optimiser step over the global batch; returns its log row if logging, else nothing.
+
+        Numbers stay on the device until they are logged. On a CPU, where reading one is no wait, a loss or a gradient
+        that is not finite stops training before the optimiser sees it; elsewhere at the next logged step, and no
+        checkpoint is written before.
+        """
         options = self.config.train
         lr = lr_at(step, steps=options.steps, lr=options.lr, min_lr=options.min_lr, warmup=options.warmup)
         for group in self.optimizer.param_groups:
@@ -216,11 +240,17 @@ class _Run:
                 pooled.append(out.features.float())
                 self.accelerator.backward(out.loss)
                 if self.accelerator.sync_gradients:
-                    loss, *levels, views, regularizer, cosine = self.reduce(torch.stack(numbers).mean(0), step)
+                    means = self.accelerator.reduce(torch.stack(numbers).mean(0), reduction="mean")
+                    self.watch("loss", means, step)
                     grad_norm = self.update(step)
         momentum = None
         if not self.accelerator.optimizer_step_was_skipped:
             momentum = self.unwrapped.update_target(step)
+        if not logging:
+            return {}
+        self.check_finite()
+        loss, *levels, views, regularizer, cosine = means.tolist()
+        norm = float(grad_norm)
         row = {
             "step": step + 1,
             "loss": loss,
@@ -228,34 +258,39 @@ class _Run:
             **({"loss_views": views} if self.unwrapped.projector is not None else {}),
             "regularizer": regularizer,
             "cosine": cosine,
-            "grad_norm": grad_norm,
+            "grad_norm": norm if math.isfinite(norm) else None,  # fp16 overflowed, and the step was skipped
             "lr": lr,
             "momentum": momentum,
         }
-        if logging:
-            features = self.accelerator.gather(torch.cat(pooled)).cpu()
-            row["feature_std"] = feature_std(features) if len(features) > 1 else None  # one picture has no spread
+        features = self.accelerator.gather(torch.cat(pooled)).cpu()
+        row["feature_std"] = feature_std(features) if len(features) > 1 else None  # one picture has no spread
         return row
 
-    def reduce(self, numbers: Tensor, step: int) -> list[float]:
-        """Mean over processes; stops before the optimiser sees what is not finite."""
-        means = self.accelerator.reduce(numbers, reduction="mean").tolist()
-        if not all(math.isfinite(value) for value in means):
-            self.diverged(f"the loss is {means[0]}", step)
-        return means
-
-    def update(self, step: int) -> float | None:
-        """Clip and step; returns the norm of the gradient before clipping (None where fp16 overflowed and skips)."""
+    def update(self, step: int) -> Tensor:
+        """Clip and step; returns the norm of the gradient before clipping."""
         found: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.clip_grad)
-        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            self.diverged(f"the gradient norm is {norm}", step)
+        norm = found.full_tensor() if isinstance(found, DTensor) else found
+        if self.accelerator.scaler is None:  # else an overflow is expected, and the step is skipped
+            self.watch("gradient norm", norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm if math.isfinite(norm) else None
+        return norm
 
-    def diverged(self, what: str, step: int) -> None:
-        raise TrainingDiverged(f"{what} at step {step + 1}; last good checkpoint: {self.last_good or 'none'}")
+    def watch(self, what: str, values: Tensor, step: int) -> None:
+        """Remember the first value that is not finite, as (step, value) on its device; on a CPU stop at once."""
+        value = values.detach().flatten().float().sum()
+        seen = torch.stack((torch.full_like(value, step), value))
+        before = self.broken.get(what, torch.full_like(seen, -1))
+        self.broken[what] = torch.where((before[0] < 0) & ~torch.isfinite(value), seen, before)
+        if not self.lazy:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Stop if a value that was watched is not finite; this waits for the device."""
+        found = [(*its.tolist(), what) for what, its in self.broken.items()]
+        for step, value, what in sorted((each for each in found if each[0] >= 0), key=lambda each: each[0]):
+            last = self.last_good or "none"
+            raise TrainingDiverged(f"the {what} is {value} at step {step + 1:.0f}; last good checkpoint: {last}")
 
     # ---- bookkeeping
 
@@ -302,6 +337,7 @@ class _Run:
         return {"effective_rank": effective_rank(y), "knn": hits.float().mean().item()}
 
     def save(self, step: int) -> None:
+        self.check_finite()
         optimizer = self.optimizer.optimizer
         model: Any = self.unwrapped
         if is_sharded(model):

@@ -4,6 +4,8 @@ Dropped tokens are in `test_context.py`, the moving average in `test_target.py`.
 """
 
 import copy
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from hjepa.nn.encoders import ContextEncoder
+from hjepa.nn import encoders
+from hjepa.nn.encoders import ContextEncoder, create_encoder
+from hjepa.nn.vit import build_vit
 
 FAMILIES = {
     "vit_tiny_patch16_224": 1,
@@ -330,3 +334,45 @@ def test_models_that_do_not_fit_are_refused_by_name(name: str, vit: dict[str, An
 def test_options_that_do_not_fit_are_refused_by_value(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_encoder(**options)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_a_sincos_embedding_is_the_formula_and_stays(class_token):
+    vit = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "class_token": class_token}
+    vit |= {} if class_token else {"global_pool": "avg"}
+    context, target = create_encoder("vit_tiny_patch16_224", (8, 12), position_embedding="sincos", vit=vit)
+    expected = torch.zeros(2, 3, 16, dtype=torch.float64)
+    for row, column, i in itertools.product(range(2), range(3), range(4)):
+        for axis, place in enumerate((row, column)):
+            angle = place / 10000 ** (i / 4)
+            expected[row, column, 8 * axis + i] = math.sin(angle)
+            expected[row, column, 8 * axis + 4 + i] = math.cos(angle)
+    found = context.vit.pos_embed[0]
+    torch.testing.assert_close(found[-6:].double(), expected.flatten(0, 1), rtol=1e-6, atol=1e-6)
+    assert not found[:-6].any() and len(found) == 6 + class_token
+    assert not context.vit.pos_embed.requires_grad and torch.equal(context.vit.pos_embed, target.vit.pos_embed)
+    context(torch.randn(2, 3, 16, 8)).sum().backward()
+    assert context.vit.pos_embed.grad is None
+
+
+def test_the_spread_of_a_learned_embedding_at_the_start_is_the_one_asked_for():
+    spread = {}
+    for std in (None, 0.02, 0.2):
+        context, target = create_encoder("vit_tiny_patch16_224", 64, position_embedding_std=std, vit={"patch_size": 8})
+        assert context.vit.pos_embed.requires_grad and torch.equal(context.vit.pos_embed, target.vit.pos_embed)
+        spread[std] = context.vit.pos_embed.std().item()
+    assert spread == pytest.approx({None: 0.02, 0.02: 0.02, 0.2: 0.2}, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"position_embedding": "sincs"}, "sincs' is not one of learned, sincos; nearest: sincos"),
+        ({"position_embedding": "sincos", "pretrained": True}, "pretrained=True brings a position embedding"),
+        ({"position_embedding": "sincos", "vit": {"embed_dim": 18, "num_heads": 3}}, "a multiple of 4, not 18"),
+    ],
+)
+def test_a_position_embedding_that_cannot_be_is_refused(options, message, monkeypatch):
+    monkeypatch.setattr(encoders, "build_vit", lambda name, size, pretrained, **more: build_vit(name, size, **more))
+    with pytest.raises(ValueError, match=message):
+        create_encoder("vit_tiny_patch16_224", 64, **options)
