@@ -135,6 +135,8 @@ MUTANTS = [
     Mutant("leverage of the intercept forgotten", "evaluate/readers", " + 1 / len(z))", ")", "metrics"),
     Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),
     Mutant("effective rank not centred", "evaluate/measures", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
+    Mutant("shares joined in another order", "evaluate/processes", "for part in parts for batch", "for part in reversed(parts) for batch", "sharing"),
+    Mutant("each process reads what it thinks is left", "evaluate/transfer", "left = agreed(list(dict.fromkeys([home, *left])) if left else [])", "left = list(dict.fromkeys([home, *left])) if left else []", "sharing"),
     # published encoders
     Mutant("published: pixels as the data has them", "evaluate/published", "forward_features(images * self.scale + self.offset)", "forward_features(images)", "published"),
     Mutant("published: another pooling", "evaluate/published", "self.model.forward_head(tokens, pre_logits=True)", "tokens.mean(1)", "published"),
