@@ -10,7 +10,7 @@ Not covered: readers and measures, which the first process makes alone.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,12 +34,19 @@ def together() -> Iterator[None]:
         yield
         dist.barrier()
     except (Exception, KeyboardInterrupt):
-        if store.add("failed", 1) > 1:
+        if not _first(store):
             time.sleep(SAYING)  # torchrun ends this process as soon as the other one has left
             raise SystemExit(1) from None
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _first(store: dist.Store) -> bool:
+    """Whether no other process has failed before."""
+    with suppress(dist.DistError):
+        return store.add("failed", 1) == 1
+    return False  # the store has gone with the process that held it
 
 
 def place() -> tuple[int, int]:

@@ -112,12 +112,24 @@ def test_evaluate_under_torchrun_prints_once_and_writes_the_same_table(words, fo
     assert sorted(tmp_path.iterdir()) == sorted(tables), "nothing is left of what was kept"
 
 
+FAIL = """
+import os, sys
+from hjepa import cli
+from hjepa.evaluate import transfer
+if os.environ["RANK"] in sys.argv[1]:
+    def fail(*arguments, **options):
+        raise OSError("the disk is gone")
+    transfer._encode_all = fail
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all_and_is_said_once(folder):
-    damaged = folder / "test/light/3.png"
-    damaged.write_bytes(damaged.read_bytes()[:60])
+@pytest.mark.parametrize("ranks", ["1", "01"])
+def test_an_error_of_one_process_or_all_ends_them_and_is_said_once(ranks, folder, tmp_path):
+    (tmp_path / "fail.py").write_text(FAIL)
     words = ["--timm", "test_vit", "--no-pretrained", "--fit-size", 32, "--data", "imagefolder", "--path", folder]
-    done = start(TWO, "-m", "hjepa", "evaluate", *words)
+    done = start(TWO, tmp_path / "fail.py", ranks, "evaluate", *words)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("hjepa: error:") == 1 and str(damaged) in done.stderr
-    assert "rank      : 1" in done.stderr.split("Root Cause")[1], "the process that had the picture"
+    assert done.stderr.count("hjepa: error:") == 1 and "hjepa: error: the disk is gone\n" in done.stderr
+    assert "exitcode  : 2" in done.stderr.split("Root Cause")[1]
