@@ -4,7 +4,7 @@ A mistake of the user, or a file, disk or network that fails, gives one line, "h
 a training that diverged or a sweep with failed runs gives a line and 1; Ctrl-C gives a line and 130. `--traceback`
 shows where an error comes from instead.
 Heavy imports stand inside the functions, so that help and mistakes answer at once.
-Not covered: launching several processes; `torchrun -m hjepa train ...` does that.
+Not covered: launching several processes; `torchrun -m hjepa train ...` and `torchrun -m hjepa evaluate ...` do that.
 """
 
 import argparse
@@ -97,9 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
 
     evaluate = add(_evaluate, "read frozen features at several image sizes")
-    evaluate.add_argument(
-        "--run", metavar="FOLDER", action="append", help="a trained run, or a name of list_pretrained(); repeatable"
-    )
+    evaluate.add_argument(  # under torchrun say --run-dir, as to train
+        *("--run", "--run-dir"), metavar="FOLDER", action="append",
+        help="a trained run, or a name of list_pretrained(); repeatable",
+    )  # fmt: skip
     evaluate.add_argument("--timm", metavar="NAME", action="append", help="or a published model of timm; repeatable")
     evaluate.add_argument("--sizes", metavar="LIST", help="such as 32,48,96 or 48x96 (height x width), in pixels")
     evaluate.add_argument("--strategy", metavar="LIST", help="RoPE strategies to read each run with, comma-separated")
@@ -171,6 +172,16 @@ RUNS_ONLY, TIMM_ONLY = ("strategy", "dense"), ("checkpoint", "no_pretrained", "f
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _evaluate_here(arguments)
+    from .evaluate.processes import together
+
+    with together():
+        return _evaluate_here(arguments)
+
+
+def _evaluate_here(arguments: argparse.Namespace) -> int:
+    """Of several processes each reads a share; the first one has the rows, prints them and writes the table."""
     if bool(arguments.run) == bool(arguments.timm):
         need = "--run and --timm exclude each other" if arguments.run else "the following arguments are required: --run"
         raise UserError(f"{need}; give --run FOLDER, or --timm NAME with --data NAME")
@@ -211,11 +222,12 @@ def _read(encoders: dict[str, Any], splits: list[Any], options: dict[str, Any], 
 
     about: what the encoders depend on beside their weights.
     """
+    from .evaluate.processes import place
     from .evaluate.resume import Kept, fingerprint
     from .evaluate.transfer import resolution_transfer
 
     options["device"], kept = arguments.device, None
-    if arguments.out:
+    if arguments.out and place()[0] == 0:
         key = fingerprint(encoders, splits, **options | {"sizes": None}, about=about)
         kept = Kept(user_path(arguments.out), key)
     return resolution_transfer(encoders, *splits, progress=True, kept=kept, **options)
@@ -227,6 +239,8 @@ def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int
     from .evaluate.resume import Kept
     from .files import fresh_path
 
+    if not rows:  # the first process has them
+        return 0
     measured = {row["metric"] for row in rows}
     for metric in ("probe", "knn", "retrieval") if "knn" in measured else ("retrieval", "cka", "effective_rank"):
         print(f"\n{format_table(rows, metric)}")
@@ -266,7 +280,7 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     options["sizes"] = asked or options["sizes"]
     about = [as_dicts(its) for _, its in loaded.values()]
     rows = _read(encoders, splits, options, arguments, about)
-    if arguments.dense:
+    if arguments.dense and rows:
         from .evaluate.dense import dense_transfer, with_pixels
 
         rows += dense_transfer(with_pixels(encoders), *splits, train_size=size, sizes=options["sizes"])

@@ -30,6 +30,7 @@ OURS = {ROOT, ROOT / "tests"}
 # Slow imports, done once: each mutant is a fork of a process that has them and has not seen hjepa.
 PRELOADED = ("torch", "timm", "hypothesis", "safetensors.torch", "sklearn.linear_model", "sklearn.decomposition",
              "omegaconf", "threadpoolctl", "torch._functorch.eager_transforms")  # fmt: skip
+MARKERS = ("-o", "markers=slow")  # conftest.py has it otherwise
 UNREWRITTEN = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # hypothesis is loaded before pytest starts
 
 
@@ -135,6 +136,7 @@ MUTANTS = [
     Mutant("leverage of the intercept forgotten", "evaluate/readers", " + 1 / len(z))", ")", "metrics"),
     Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),
     Mutant("effective rank not centred", "evaluate/measures", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
+    Mutant("shares joined in another order", "evaluate/processes", "for part in parts for batch", "for part in reversed(parts) for batch", "sharing"),
     # published encoders
     Mutant("published: pixels as the data has them", "evaluate/published", "forward_features(images * self.scale + self.offset)", "forward_features(images)", "published"),
     Mutant("published: another pooling", "evaluate/published", "self.model.forward_head(tokens, pre_logits=True)", "tokens.mean(1)", "published"),
@@ -178,7 +180,7 @@ def run_tests(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
         multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # tests start processes
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = pytest.main([*files, "-x", "-q", "-p", "no:cacheprovider", "--noconftest", *UNREWRITTEN])
+            code = pytest.main([*files, "-x", "-q", "-p", "no:cacheprovider", "--noconftest", *MARKERS, *UNREWRITTEN])
         os.chdir(ROOT)
     return int(code), next((line for line in reversed(said.getvalue().splitlines()) if line.strip()), "no output")
 

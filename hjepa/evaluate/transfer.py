@@ -8,6 +8,7 @@ Readers are in `readers.py`, measures in `measures.py`, rows of results in `resu
 Not covered: fine-tuning; what single patches know (`dense.py`).
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from .measures import (
     linear_cka,
     one_thread,
 )
+from .processes import agreed, gathered, place, share
 from .readers import Probe, knn_accuracy, linear_probe, probe_hits, retrieval_hits
 
 # images [B, 3, h, w] -> tokens [B, prefix + N, D] or features [B, D]
@@ -48,13 +50,18 @@ class Pictures(Protocol):
 
 
 def device_named(name: str) -> torch.device:
-    """ "cpu", "cuda", "cuda:1", ..; "auto" is cuda where there is one. ValueError on a device that is not here."""
+    """ "cpu", "cuda", "cuda:1", ..; "auto" is cuda where there is one. ValueError on a device that is not here.
+
+    Under torchrun "cuda" is the process's own, cuda:LOCAL_RANK; more processes than GPUs share them in turn.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
     if name not in ("auto", *here):
         near = nearest(name, here) or "auto"
         raise UserError(f"device {name!r} is not here; choose one of auto, {', '.join(here)}; nearest: {near}")
-    return torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
+    name = ("cuda" if gpus else "cpu") if name == "auto" else name
+    own = name == "cuda" and "LOCAL_RANK" in os.environ
+    return torch.device(f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}" if own else name)
 
 
 # ---- features
@@ -210,6 +217,10 @@ def resolution_transfer(
     tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
     pictures were read rightly: bool [n], of probe_few float. ValueError, before any work, on a size that
     is no multiple of an encoder's patch.
+
+    Where torch.distributed is initialised all processes must call this, with the same arguments. Each encodes a share
+    of the batches; the first process reads them, alone uses `kept` (what the others hand in is not looked at) and
+    `hits`, shows progress, and returns the rows of one process. The others return [].
     """
     home = size_pair(train_size)
     asked = list(dict.fromkeys([home, *map(size_pair, sizes)]))
@@ -229,10 +240,11 @@ def resolution_transfer(
     on_few: dict[str, list[Probe]] = {}
     kept = {} if kept is None else kept
     left = [size for size in asked if size_text(size) not in kept]
-    left = list(dict.fromkeys([home, *left])) if left else []
+    left = agreed(list(dict.fromkeys([home, *left])) if left else [])
+    first = place()[0] == 0
     fits = [size for size in left if refit or size == home]
     total = len(left) * len(test_index) + len(fits) * len(train_index)
-    bar = tqdm(total=total, desc="pictures", disable=not progress)
+    bar = tqdm(total=total, desc="pictures", disable=not (progress and first))
     for size in left:
         rows: list[dict[str, Any]] = []
         show = partial(_encode_all, encoders, size=size, pool=pool, batch_size=batch_size, device=device, bar=bar)
@@ -265,9 +277,10 @@ def resolution_transfer(
                 {**base, "metric": metric, "value": v, "low": low, "high": high, "n": len(x)}
                 for metric, (v, low, high) in found.items()
             ]
-        kept[size_text(size)] = rows
+        if first:
+            kept[size_text(size)] = rows
     bar.close()
-    return [row for size in asked for row in kept[size_text(size)]]
+    return [row for size in asked for row in kept[size_text(size)]] if first else []
 
 
 def subset(total: int, count: int | None, seed: int) -> Tensor:
@@ -295,14 +308,20 @@ def _encode_all(
     device: torch.device | None,
     bar: tqdm,
 ) -> dict[str, Tensor]:
-    """Each picture is drawn once per size and shown to every encoder; only one batch is held in memory."""
+    """Each picture is drawn once per size and shown to every encoder; only one batch is held in memory.
+
+    Of several processes each draws its share, and the first one gets the features of all; the others get {}.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in encoders}
-    for chunk in index.split(batch_size):
+    own = share(index.split(batch_size))
+    for chunk in own:
         images = data.at_size(size, chunk)
         for name, encoder in encoders.items():
-            parts[name].append(encode(encoder, images, pool=pool, batch_size=batch_size).to(device))
+            parts[name].append(encode(encoder, images, pool=pool, batch_size=batch_size))
         bar.update(len(chunk))
-    return {name: torch.cat(part) for name, part in parts.items()}
+    everything = {name: torch.cat(part).to(device) for name, part in gathered(parts).items()}
+    bar.update(len(index) - sum(map(len, own)))
+    return everything
 
 
 def _geometry(x: Tensor, x_home: Tensor, seed: int) -> dict[str, Interval]:

@@ -170,6 +170,7 @@ def test_encoders_are_moved_to_the_device_and_read_the_same_there():
 
 
 def test_a_device_is_one_that_is_here(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_named("auto") == device_named("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="device 'cuda:0' is not here; choose one of auto, cpu; nearest: auto"):
@@ -179,6 +180,10 @@ def test_a_device_is_one_that_is_here(monkeypatch):
     assert device_named("auto") == torch.device("cuda") and device_named("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match="choose one of auto, cpu, cuda, cuda:0, cuda:1; nearest: cuda"):
         device_named("cdua")
+    for rank, own in (("1", "cuda:1"), ("2", "cuda:0")):  # as torchrun numbers the processes of a machine
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert device_named("auto") == device_named("cuda") == torch.device(own)
+        assert device_named("cuda:1") == torch.device("cuda:1") and device_named("cpu") == torch.device("cpu")
 
 
 class _Rope:
