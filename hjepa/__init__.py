@@ -17,7 +17,8 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     data.images data.views                pictures by name, at any image size; crops of whole batches
     config                                YAML -> typed configuration, every key with its range beside it
     train.schedule build                  config -> model, pictures and masks of step t
-    train.sharding train.checkpoint       weights on disk, written whole or not at all
+    train.sharding train.shards           a model cut over processes, its slices on disk
+    train.checkpoint                      weights on disk, written whole or not at all
     hub pretrained                        load_run, exports; small encoders that come with the package
     evaluate.measures evaluate.readers    rank, spread, intervals; kNN, retrieval, linear probes
     evaluate.processes                    processes that encode together

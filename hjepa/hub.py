@@ -38,9 +38,11 @@ from .train.checkpoint import (
     first_line,
     latest_checkpoint,
     load_checkpoint,
+    read_model,
     read_state,
     read_weights,
     save_checkpoint,
+    weights_at,
     write_json,
     write_weights,
 )
@@ -80,9 +82,7 @@ def _load_run(run_dir: Path, which: str) -> tuple[Encoder, Config, dict[str, Any
     if path is None:
         raise FileNotFoundError(f"{run_dir} has no checkpoint")
     encoder = _pick(build_encoders(config), which)
-    prefix = f"{which}_encoder."
-    weights = {k.removeprefix(prefix): t for k, t in read_weights(path / WEIGHTS).items() if k.startswith(prefix)}
-    _load(encoder, weights, path / WEIGHTS)
+    _load(encoder, read_model(path, f"{which}_encoder."), weights_at(path))
     return encoder.eval(), config, read_state(path)
 
 

@@ -3,7 +3,10 @@
     run_dir/checkpoints/step_00000250/
         model.safetensors   context encoder, target encoder, predictor
         optimizer.pt        AdamW's state, read back with torch.load(weights_only=True): no code is run
-        state.json          format marker, step, config, SHA-256 of the two files and of itself
+        state.json          format marker, step, config, SHA-256 of the other files and of itself
+
+A model that is cut over processes (FSDP) writes shards/ in place of the first two, every process its slices
+(`hjepa.train.shards`), while training goes on. Either kind is read by any number of processes, cut or not.
 
 A checkpoint is written to a hidden folder beside its place, flushed to disk, then renamed: it is there whole or not
 at all, and a full disk leaves the earlier ones as they were. The two newest are kept. Random state is not stored:
@@ -12,7 +15,7 @@ every step seeds itself from (seed, step), see `hjepa.train.schedule`.
 The hashes find damage and honest mistakes; they are no signature against an attacker. They are computed once for each
 file as it was last written, so a resume reads each file once for them; `verify` reads all of them again.
 
-Not covered: exports (`hjepa.hub`), checkpoints cut over processes (`hjepa.train.sharding`).
+Not covered: exports (`hjepa.hub`).
 """
 
 import functools
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,10 +39,11 @@ from torch import Tensor, nn
 from ..config import Config
 from ..files import json_text, write_whole
 from ..inputs import UserError
-from .sharding import is_sharded, load_whole, load_whole_optimizer
+from . import shards
+from .sharding import is_sharded, load_whole, load_whole_optimizer, numbered
 
 FORMAT, VERSION = "hjepa-checkpoint", 1
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+WEIGHTS, OPTIMIZER, STATE, SHARDS = "model.safetensors", "optimizer.pt", "state.json", "shards"
 KINDS = {"step": int, "sha256": dict, "config": dict, "extra": dict}  # of the state's parts
 
 
@@ -59,7 +64,7 @@ def save_checkpoint(
 ) -> Path:
     """Write run_dir/checkpoints/step_{step} and return it; step counts finished optimiser steps.
 
-    model, optimizer: the objects or their state dicts (of a cut model: `hjepa.train.sharding`). extra: JSON values kept
+    model, optimizer: the objects or their state dicts (of a cut model: `begin_checkpoint`). extra: JSON values kept
     under "extra" in the state (mean and std of the data, for example). OSError on a full disk or a read-only folder,
     with the earlier checkpoints untouched. Of those, config.train.keep_checkpoints stay, this one included.
     """
@@ -71,20 +76,70 @@ def save_checkpoint(
         write_weights(temporary / WEIGHTS, model.state_dict() if isinstance(model, nn.Module) else model)
         moments = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else dict(optimizer)
         write_file(temporary / OPTIMIZER, lambda file: torch.save(moments, file))
-        state = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "sha256": {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
-            "config": OmegaConf.to_container(config),  # type: ignore[call-overload]
-            "extra": dict(extra or {}),
-        }
-        state["self"] = _digest_of(state)
-        write_json(temporary / STATE, state)
-        final = _put_in_place(temporary, parent / f"step_{step:08d}")
+        return _finish(temporary, step, {n: _sha256(temporary / n) for n in (WEIGHTS, OPTIMIZER)}, config, extra)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def begin_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    extra: Mapping[str, Any] | None,
+    group: dist.ProcessGroup,
+) -> Callable[[], Path]:
+    """Begin to write a cut model's checkpoint as slices; all processes call it, on one shared folder.
+
+    Training may go on at once. The result waits until the checkpoint is in its place and returns it; call it on all
+    processes before the next begins. OSError there as in `save_checkpoint`. group: a gloo group of all processes that
+    nothing else uses.
+    """
+    parent = Path(run_dir) / "checkpoints"
+    number: list[Any] = [os.getpid()]
+    dist.broadcast_object_list(number, group=group)  # the main process's: one folder for all
+    temporary = parent / f".tmp-{step}-{number[0]}"
+    tensors, groups = shards.slices(model, optimizer)
+
+    def commit(digests: dict[str, str]) -> None:
+        """In a thread of the main process; the others have nothing left to do."""
+        _sync_folder(temporary / SHARDS)
+        found = {path.name: digests.get(path.name) or _sha256(path) for path in (temporary / SHARDS).iterdir()}
+        _finish(temporary, step, {f"{SHARDS}/{n}": d for n, d in found.items()}, config, extra, param_groups=groups)
+
+    wait = shards.begin_writing(temporary / SHARDS, tensors, commit, group)
+
+    def finished() -> Path:
+        try:
+            wait()
+        except BaseException:
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return parent / f"step_{step:08d}"
+
+    return finished
+
+
+def _finish(
+    temporary: Path, step: int, digests: dict[str, str], config: Config, extra: Mapping[str, Any] | None, **more: Any
+) -> Path:
+    """Write the state, give the folder its name, and remove older ones."""
+    state = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "sha256": digests,
+        "config": OmegaConf.to_container(config),  # type: ignore[call-overload]
+        "extra": dict(extra or {}),
+        **more,
+    }
+    state["self"] = _digest_of(state)
+    write_json(temporary / STATE, state)
+    parent = temporary.parent
+    final = _put_in_place(temporary, parent / f"step_{step:08d}")
     earlier = [path for path in _steps(parent) if path.name <= final.name]
     for old in [*earlier[: -config.train.keep_checkpoints], *parent.glob(".tmp-*")]:  # the latter from crashes
         shutil.rmtree(old, ignore_errors=True)
@@ -155,10 +210,9 @@ def _sha256(path: Path) -> str:
     return _read_sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def _read_sha256(path: Path, *written: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return shards.digest(path)
 
 
 def _digest_of(state: Mapping[str, Any]) -> str:
@@ -183,9 +237,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint {folder} does not exist")
-    for name in (STATE, WEIGHTS, OPTIMIZER):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing: not a whole hjepa checkpoint")
+    _check_there(folder, [STATE])
     try:
         state = json.loads((folder / STATE).read_text())
     except ValueError:
@@ -200,10 +252,18 @@ def read_state(path: str | Path) -> dict[str, Any]:
         if type(state.get(key)) is not kind:
             found = f"{key}={state.get(key)!r:.40}"
             raise CheckpointError(f"{folder / STATE} has {found}, which is not of type {kind.__name__}: foreign")
-    for name in (WEIGHTS, OPTIMIZER):
+    names = [name for name in state["sha256"] if name.startswith(f"{SHARDS}/")] or [WEIGHTS, OPTIMIZER]
+    _check_there(folder, names)
+    for name in names:
         if state["sha256"].get(name) != _sha256(folder / name):
             raise CheckpointError(f"{folder / name} does not match its SHA-256: truncated or tampered with")
     return state
+
+
+def _check_there(folder: Path, names: list[str]) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing: not a whole hjepa checkpoint")
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -258,18 +318,60 @@ def load_checkpoint(
     """
     folder = Path(path)
     state = read_state(folder)
-    weights = read_weights(folder / WEIGHTS)
-    _check_same(folder / WEIGHTS, weights, model.state_dict())
+    if (folder / SHARDS).is_dir() and is_sharded(model):
+        with _readable(folder / SHARDS):
+            found = shards.shapes(folder / SHARDS, shards.MODEL)
+        _check_same(folder / SHARDS, found, model.state_dict())
+        with _readable(folder / SHARDS):
+            shards.read_slices(folder / SHARDS, model, optimizer, _groups(state))
+        return state
+    weights = read_model(folder)
+    _check_same(weights_at(folder), weights, model.state_dict())
     if optimizer is not None:
         try:
-            _load_optimizer(model, optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+            _load_optimizer(model, optimizer, _read_optimizer(folder, state))
         except Exception as error:
-            raise CheckpointError(f"{folder / OPTIMIZER} does not fit this optimiser: {first_line(error)}") from None
+            place = folder / (OPTIMIZER if (folder / OPTIMIZER).is_file() else SHARDS)
+            raise CheckpointError(f"{place} does not fit this optimiser: {first_line(error)}") from None
     if is_sharded(model):
         load_whole(model, weights)
     else:
         model.load_state_dict(weights)
     return state
+
+
+def weights_at(folder: Path) -> Path:
+    """Where a checkpoint has its weights: a file, or a folder of slices."""
+    return folder / (SHARDS if (folder / SHARDS).is_dir() else WEIGHTS)
+
+
+def read_model(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """A checkpoint's weights whose names begin with prefix, without it; of slices no others are read."""
+    place = weights_at(folder)
+    if place.name == SHARDS:
+        with _readable(place):
+            return shards.read_whole(place, shards.MODEL + prefix)
+    return {k.removeprefix(prefix): tensor for k, tensor in read_weights(place).items() if k.startswith(prefix)}
+
+
+def _read_optimizer(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    if (folder / SHARDS).is_dir():
+        moments = shards.by_weight(shards.read_whole(folder / SHARDS, shards.OPTIMIZER))
+        return numbered({"state": moments, "param_groups": _groups(state)})
+    return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+
+
+def _groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups that JSON keeps, with betas a tuple again."""
+    return [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in state["param_groups"]]
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be read: {first_line(error)}") from None
 
 
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -19,12 +19,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from timm.models.vision_transformer import Block
@@ -44,12 +45,12 @@ from ..inputs import UserError, patch_grid
 from ..nn.encoders import TargetEncoder
 from ..nn.hjepa import HJEPA
 from ..pretrained import folder_of, list_pretrained
-from .checkpoint import STATE, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
+from .checkpoint import STATE, begin_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
 from .feed import Feed
 from .log import RunLog, check_run_dir, log_columns, note_versions, summary
 from .optimizer import build_optimizer
 from .schedule import generator_at, lr_at, mix, share
-from .sharding import fsdp_plugin, is_sharded, prepare, whole_optimizer, whole_weights
+from .sharding import fsdp_plugin, is_sharded, prepare, whole_weights
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
 
@@ -133,6 +134,7 @@ class _Run:
         self.held_out: tuple[Tensor, ...] | None = None
         self.lazy = self.accelerator.device.type != "cpu"  # a number is read when it is logged
         self.broken: dict[str, Tensor] = {}  # by name: step and value of the first that was not finite
+        self.writing: tuple[int, Callable[[], Path]] | None = None  # the step of a checkpoint that is not there yet
         self.last_good = latest_checkpoint(run_dir) if resume else None
         self.start = self._build()
         self.accelerator.wait_for_everyone()
@@ -165,6 +167,7 @@ class _Run:
 
         self.model, self.optimizer = prepare(self.accelerator, self.unwrapped, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
+        self.group: Any = dist.new_group(backend="gloo") if is_sharded(self.unwrapped) else None  # of checkpoints alone
         state: dict[str, Any] = {"step": 0, "extra": {}}
         if self.last_good:
             state = load_checkpoint(self.last_good, self.unwrapped, self.optimizer.optimizer)
@@ -178,7 +181,17 @@ class _Run:
     # ---- the loop
 
     def train(self) -> dict[str, Any]:
-        options, began = self.config.train, time.perf_counter()
+        began = time.perf_counter()
+        try:
+            self.steps()
+        except BaseException:
+            with suppress(OSError):
+                self.settle()
+            raise
+        return self.finish(time.perf_counter() - began)
+
+    def steps(self) -> None:
+        options = self.config.train
         if self.start == 0:
             measures = self.measure()
             if self.main:
@@ -198,8 +211,8 @@ class _Run:
                 logging = True
             if logging:  # evaluation and saving do not count as training time
                 tick, images = time.perf_counter(), 0
+        self.settle()
         bar.close()
-        return self.finish(time.perf_counter() - began)
 
     def feed(self) -> Iterator[dict[str, Any]]:
         """The arguments of the model for every micro-batch from here to the last step."""
@@ -289,6 +302,8 @@ class _Run:
         """Stop if a value that was watched is not finite; this waits for the device."""
         found = [(*its.tolist(), what) for what, its in self.broken.items()]
         for step, value, what in sorted((each for each in found if each[0] >= 0), key=lambda each: each[0]):
+            with suppress(OSError):
+                self.settle()
             last = self.last_good or "none"
             raise TrainingDiverged(f"the {what} is {value} at step {step + 1:.0f}; last good checkpoint: {last}")
 
@@ -338,19 +353,32 @@ class _Run:
 
     def save(self, step: int) -> None:
         self.check_finite()
+        self.settle()
         optimizer = self.optimizer.optimizer
-        model: Any = self.unwrapped
-        if is_sharded(model):
-            model, optimizer = whole_weights(model), whole_optimizer(model, optimizer)
-        if self.main:
-            extra: dict[str, Any] = {"mean": list(self.train_data.mean), "std": list(self.train_data.std)}
-            if self.accelerator.scaler is not None:
-                extra["scaler"] = self.accelerator.scaler.state_dict()
-            try:
-                self.last_good = save_checkpoint(self.run_dir, step, model, optimizer, self.config, extra)
-            except OSError as error:
-                raise OSError(f"stopped at step {step}: {error}; last good checkpoint: {self.last_good}") from error
+        extra: dict[str, Any] = {"mean": list(self.train_data.mean), "std": list(self.train_data.std)}
+        if self.accelerator.scaler is not None:
+            extra["scaler"] = self.accelerator.scaler.state_dict()
+        arguments = (self.run_dir, step, self.unwrapped, optimizer, self.config, extra)
+        with self.stopping(step):
+            if self.group is not None:
+                self.writing = (step, begin_checkpoint(*arguments, self.group))
+            elif self.main:
+                self.last_good = save_checkpoint(*arguments)
         self.accelerator.wait_for_everyone()
+
+    def settle(self) -> None:
+        """Wait for the slices that are still being written, if any; only then are they the last good checkpoint."""
+        if self.writing is not None:
+            (step, finished), self.writing = self.writing, None
+            with self.stopping(step):
+                self.last_good = finished()
+
+    @contextmanager
+    def stopping(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"stopped at step {step}: {error}; last good checkpoint: {self.last_good}") from error
 
     def finish(self, seconds: float) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
@@ -367,6 +395,8 @@ class _Run:
             write_json(self.run_dir / "metrics.json", metrics)
             self.log.close()
         self.accelerator.wait_for_everyone()
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
         self.accelerator.free_memory()
         return metrics
 

@@ -1,12 +1,12 @@
-"""A model cut over processes (FSDP): its whole state on the main process, and back.
+"""A model cut over processes (FSDP): how it is cut, and how the state of an uncut one gets into it.
 
-`fully_shard` leaves every process with a slice of each parameter and of its optimiser state. Checkpoints should not
-know: here the slices are gathered into the state dicts that an uncut model and optimiser have, so a run may change
-between one process, DDP and FSDP when it is resumed. Every function that gathers must be called by all processes.
+`fully_shard` leaves every process with a slice of each parameter and of its optimiser state. Checkpoints keep the
+slices (`hjepa.train.shards`); here are the ways between them and the state dicts that an uncut model and optimiser
+have, so a run may change between one process, DDP and FSDP when it is resumed. Every function that gathers must be
+called by all processes.
 
 Source: torch.distributed.checkpoint.state_dict; the names it gives to optimiser entries are turned into the usual
 numbers.
-Not covered: checkpoints that stay in slices, for models whose whole state does not fit one machine's memory.
 """
 
 import os
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -91,11 +90,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=WHOLE)  # type: ignore[return-value]
 
 
-def whole_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state dict as that of an uncut model; empty on all but the main process."""
-    named: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    if not named:
-        return {}
+def numbered(named: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's state dict with the usual numbers in place of the weights' names."""
     number = {name: i for i, name in enumerate(_names(named["param_groups"]))}
     return {
         "state": {number[name]: values for name, values in named["state"].items()},
