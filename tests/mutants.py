@@ -152,6 +152,9 @@ MUTANTS = [
     Mutant("a retired key read whatever it says", "config", "if value == RETIRED[key]:", "if True:", "config"),
     Mutant("neighbours of features not centred", "evaluate/collection", "features.double() - features.double().mean(0)", "features.double()", "collection"),
     Mutant("a picture is its own neighbour", "evaluate/collection", ".fill_diagonal_(-2)", "", "collection"),
+    Mutant("sine-cosine code of another base", "nn/frequencies", "theta: float = 10000.0) -> Tensor:", "theta: float = 1000.0) -> Tensor:", "encoders"),
+    Mutant("sine-cosine embedding trained", "nn/encoders", "embedding.requires_grad_(False)", "embedding.requires_grad_(True)", "encoders"),
+    Mutant("repeated patches on a device unnoticed", "nn/checks", "(inside & once).all()", "inside.all()", "context"),
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hjepa.nn import checks
 from hjepa.nn.encoders import create_encoder
 
 # dropped tokens
@@ -240,3 +241,13 @@ def test_the_report_s_questions_about_patches_and_checkpointing() -> None:
     assert encoder.vit.grad_checkpointing and not build_encoder().vit.grad_checkpointing
     context, target = create_encoder("vit_tiny_patch16_224", 16, vit=TINY, use_gradient_checkpointing=True)
     assert context.vit.grad_checkpointing and not target.vit.grad_checkpointing
+
+
+@pytest.mark.parametrize("wrong", [[[0, 9]], [[-1, 2]], [[3, 3]]])
+def test_a_wrong_index_on_a_device_is_refused_by_the_device(
+    monkeypatch: pytest.MonkeyPatch, wrong: list[list[int]]
+) -> None:
+    monkeypatch.setattr(checks, "on_cpu", lambda tensor: False)
+    checks.check_index(torch.tensor([[8, 0]]), 1, (3, 3))
+    with pytest.raises(RuntimeError, match=r"not within 0\.\.8, or repeats a patch"):
+        checks.check_index(torch.tensor(wrong), 1, (3, 3))

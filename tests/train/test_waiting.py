@@ -70,14 +70,6 @@ def test_a_value_that_is_not_finite_is_found_at_the_next_log_with_its_step(tiny,
     assert latest_checkpoint(tmp_path).name == "step_00000005" and len(calls) == 10  # found when step 10 is logged
 
 
-@pytest.mark.parametrize("wrong", [[[0, 9]], [[-1, 2]], [[3, 3]]])
-def test_a_wrong_index_on_a_device_is_refused_by_the_device(monkeypatch, wrong):
-    monkeypatch.setattr(checks, "on_cpu", lambda tensor: False)
-    checks.check_index(torch.tensor([[8, 0]]), 1, (3, 3))
-    with pytest.raises(RuntimeError, match=r"not within 0\.\.8, or repeats a patch"):
-        checks.check_index(torch.tensor(wrong), 1, (3, 3))
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at it while it traces
 def test_compiled_blocks_train_alike_and_once_for_each_shape(tiny, tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
