@@ -115,7 +115,8 @@ class _Run:
             torch.set_float32_matmul_precision("high")
         self.precision = choose_precision(options.mixed_precision)
         self.accelerator = _accelerator(self.precision, options.accumulate)
-        if self.accelerator.is_main_process and self.accelerator.device.type == "cpu":
+        chosen = self.precision == choose_precision("auto")  # what the processor can do needs no stopwatch
+        if self.accelerator.is_main_process and self.accelerator.device.type == "cpu" and not chosen:
             _warn_if_slow(self.precision)
         self.main, self.progress = self.accelerator.is_main_process, progress and self.accelerator.is_main_process
         self.rows = [

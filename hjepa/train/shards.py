@@ -107,8 +107,18 @@ def slices(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[d
 # ---- reading
 
 
+def _member(of: Any, name: str) -> Any:
+    """A member of the one enum in .metadata, which Python up to 3.11.3 pickles as getattr(enum, name)."""
+    enum: Any = parts._MEM_FORMAT_ENCODING
+    if of is not enum or name not in enum.__members__:
+        raise pickle.UnpicklingError(f"it asks for {name} of {of!r}, which no checkpoint needs")
+    return enum[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in KNOWN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")

@@ -15,12 +15,14 @@ import pytest
 import torch
 from conftest import TINY
 from test_processes import FSDP, column, succeed
+from torch.distributed.checkpoint import metadata as parts
 
 from hjepa.build import build_model
 from hjepa.cli import main
 from hjepa.config import load_config
 from hjepa.hub import CheckpointError, export_encoder, latest_checkpoint, load_checkpoint, load_pretrained, load_run
 from hjepa.train import checkpoint as storage
+from hjepa.train import shards
 from hjepa.train.loop import _start_from, train
 from hjepa.train.optimizer import build_optimizer
 
@@ -222,6 +224,19 @@ def test_a_pickle_with_code_is_not_run_even_with_matching_hashes(runs, tmp_path,
     with pytest.raises(CheckpointError, match=r"shards cannot be read: it asks for posix.mkdir"):
         loaded(path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_getattr_in_a_pickle_reaches_nothing_but_the_enum_that_old_pythons_write_with_it(tmp_path):
+    enum = parts._MEM_FORMAT_ENCODING
+    for of, name, allowed in ((enum, "TORCH_CONTIGUOUS_FORMAT", True), (enum, "__init__", False),
+                              (parts.Metadata, "__init__", False)):  # fmt: skip
+        words = f"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n{of.__name__}\nV{name}\ntR."
+        (tmp_path / ".metadata").write_bytes(words.encode())
+        if allowed:
+            assert shards._Reader(tmp_path).read_metadata() is getattr(enum, name)
+        else:
+            with pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
+                shards._Reader(tmp_path).read_metadata()
 
 
 def test_another_architecture_is_refused_with_the_key_that_differs(runs):
