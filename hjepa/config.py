@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .data.images import DATASETS
 from .files import dump_yaml, parse_yaml, read_yaml, write_whole
 from .inputs import UserError, nearest, size_pair
+from .nn.encoders import POSITION_EMBEDDINGS
 from .nn.frequencies import COORDINATES, KINDS, STRATEGIES
 from .nn.hjepa import DISTANCES, OBJECTIVES
 from .nn.losses import REGULARIZERS, VIEW_LOSSES
@@ -109,7 +110,7 @@ class ModelConfig:
     act_layer: str | None = key(None, choices=(None, "gelu", "gelu_tanh", "relu", "silu"))  # of the MLPs
     pretrained: bool = False  # start from timm's published weights
     use_absolute: bool = True  # keep the position embedding
-    position_embedding: str = key("learned", choices=("learned", "sincos"))  # sincos: fixed sines and cosines
+    position_embedding: str = key("learned", choices=POSITION_EMBEDDINGS)  # sincos: fixed sines and cosines
     position_embedding_std: float | None = key(None, above=0)  # of a learned one at the start; null: 0.02, timm's
     use_alibi: bool = False  # bias attention by distance, 2-D ALiBi; on other grids by rope.strategy
     rope: RopeConfig = field(default_factory=RopeConfig)
