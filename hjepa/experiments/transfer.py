@@ -29,6 +29,7 @@ SCHEMES = {  # rotation, learned position embedding, further settings
     "rope": (True, False, ()),
     "absolute": (False, True, ()),
     "hybrid": (True, True, ()),
+    "sincos": (False, True, ("model.position_embedding=sincos",)),
     "none": (False, False, ()),
     "mixed": (True, False, ("model.rope.kind=mixed", "model.rope.theta=10")),
     "hybrid_mixed": (True, True, ("model.rope.kind=mixed", "model.rope.theta=10")),
@@ -79,7 +80,7 @@ def readers(configs: Mapping[str, Config], folder: str | Path, strategies: Seque
     for name in configs:
         encoder = load_run(Path(folder) / name)[0]
         if not encoder.strategies:
-            found[{"absolute": "absolute, resampled"}.get(name, name)] = encoder
+            found[f"{name}, resampled" if name in ("absolute", "sincos") else name] = encoder
             continue
         for strategy in [s for s in strategies if s in encoder.strategies] or encoder.strategies[:1]:
             found[f"{name}, {READ_AS.get(strategy, strategy)}"] = with_strategy(encoder, strategy)
