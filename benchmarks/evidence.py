@@ -4,12 +4,14 @@
     python -m benchmarks.evidence seeds results/primary/pilot            # the number of seeds that follows
     python -m benchmarks.evidence run --seeds 0 1 2 3 4 5 6 --split test-b --out results/primary
     python -m benchmarks.evidence run --seeds 0 1 2 --split test-b --out results/primary/control --schemes none
+    python -m benchmarks.evidence run --seeds 0 1 2 3 4 5 6 --split test-b --out results/primary/sincos --schemes sincos
     python -m benchmarks.evidence table results/primary --seeds 7    # primary.csv, secondary.csv, accuracy.csv, ..
 
 `run --data emoji` does the same on moved OpenMoji. A seed takes about 25 minutes of one core and leaves seed-N.npz:
 which pictures each model read rightly, as packed bits.
 `run` says nothing of what it read, and `table` refuses to look before all seeds are there. A run that was stopped goes
 on where it was; two processes may work on different seeds. Pictures come from the folder in HJEPA_DATA, or from data.
+Where FOLDER/sincos is, the sixteen are asked again with the fixed code in the embedding's place: sincos/primary.csv.
 Not covered: exploratory schemes and sizes, which are sweeps.
 """
 
@@ -37,7 +39,9 @@ from hjepa.inputs import UserError, size_pair, size_text
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "photographs.yaml"
 SCHEMES = ("rope", "absolute")
-A, B = "rope, interpolated", "absolute, resampled"
+A, B, CODE = "rope, interpolated", "absolute, resampled", "sincos, resampled"
+NAMED = {A: "rotation", B: "embedding", CODE: "code", "none": "none"}  # in secondary.csv
+BESIDE = {"control": "none", "sincos": CODE}  # folder inside a folder of readings -> the scheme read there
 SIZES, HOME, METRICS = (32, 64, 128), 64, ("knn", "probe")  # pixels; half, the training size and twice
 SHAPE = (
     "model.embed_dim=128", "model.depth=5", "model.num_heads=4", "train.eval_every=1000", "train.checkpoint_every=60",
@@ -130,10 +134,10 @@ def rows_of(folder: Path, seeds: list[int]) -> Iterator[tuple[Row, np.ndarray]]:
                 yield row, hit.reshape(placements, -1).mean(axis=0)
 
 
-def comparisons() -> list[dict[str, Any]]:
-    """The sixteen of the protocol."""
+def comparisons(opponent: str = B) -> list[dict[str, Any]]:
+    """The sixteen of the protocol: rotation against the embedding, or against another opponent."""
     return [
-        {"comparison": cell, "a": A, "b": B, "metric": metric, "size": size, "cell": cell}
+        {"comparison": cell, "a": A, "b": opponent, "metric": metric, "size": size, "cell": cell}
         for cell in CELLS for size in (32, 128) for metric in METRICS
     ]  # fmt: skip
 
@@ -151,48 +155,58 @@ def number_of_seeds(differences: np.ndarray) -> tuple[float, int]:
 Pair = tuple[Row, np.ndarray]  # a row, and the share of each picture's placements that was read rightly
 
 
-def pairs_of(folder: Path, seeds: list[int]) -> tuple[list[Pair], list[Pair]]:
-    """What was read of the two schemes, and of the control without positions."""
-    control = folder / "control"
-    others = [pair for pair in rows_of(control, seeds_in(control)) if pair[0]["encoder"] == "none"]
-    return list(rows_of(folder, seeds)), others
+def pairs_of(folder: Path, seeds: list[int]) -> dict[str, list[Pair]]:
+    """Encoder -> what was read of it: both schemes, random init and baselines with all seeds, and those of BESIDE.
+
+    The fixed code is not looked at before it has all seeds; the control without positions has as many as were run.
+    """
+    found: dict[str, list[Pair]] = {}
+    for pair in rows_of(folder, seeds):
+        found.setdefault(pair[0]["encoder"], []).append(pair)
+    for place, encoder in BESIDE.items():
+        there = seeds_in(folder / place)
+        if there:
+            read = rows_of(folder / place, seeds if encoder == CODE else there)
+            found[encoder] = [pair for pair in read if pair[0]["encoder"] == encoder]
+    return found
 
 
-def found_in(pairs: list[Pair]) -> list[Row]:
+def found_in(pairs: dict[str, list[Pair]], opponent: str = B) -> list[Row]:
     """The primary comparisons over seeds and pictures together."""
-    hits = {(r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]): hit for r, hit in pairs}
+    both = [*pairs[A], *pairs[opponent]]
+    hits = {(r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]): hit for r, hit in both}
     behind = lambda r: hits[r["cell"], r["seed"], r["encoder"], r["size"], r["metric"]]  # noqa: E731
-    return primary([row for row, _ in pairs], comparisons(), behind)
+    return primary([row for row, _ in both], comparisons(opponent), behind)
 
 
-def secondary(pairs: list[Pair], others: list[Pair]) -> list[Row]:
+def secondary(pairs: dict[str, list[Pair]]) -> list[Row]:
     """Differences that were not among the sixteen, with 95 % intervals over seeds and pictures and no correction:
-    rotation and embedding over the control and over one another at every size, and by how much the latter is larger
+    between rotation, embedding, code and none at every size, and by how much rotation's over the first two is larger
     at another size than at the training size."""
-    seeds, control = (sorted({row["seed"] for row, _ in part}) for part in (pairs, others))
+    schemes = [encoder for encoder in NAMED if encoder in pairs]
+    seeds = {encoder: {row["seed"] for row, _ in pairs[encoder]} for encoder in schemes}
     hits = {(r["cell"], r["encoder"], r["size"], r["metric"], r["seed"]): np.asarray(hit, float)
-            for r, hit in [*pairs, *others]}  # fmt: skip
+            for encoder in schemes for r, hit in pairs[encoder]}  # fmt: skip
 
-    def over(cell: str, metric: str, size: int, a: str, b: str, common: list[int]) -> np.ndarray:
-        at = size_pair(size)
+    def over(cell: str, metric: str, size: int, a: str, b: str) -> np.ndarray:
+        at, common = size_pair(size), sorted(seeds[a] & seeds[b])
         return np.array([100 * (hits[cell, a, at, metric, s] - hits[cell, b, at, metric, s]) for s in common])
 
     found = []
-    for cell in CELLS:
-        for metric in METRICS:
-            for size in SIZES:
-                values = {"rotation - embedding": over(cell, metric, size, A, B, seeds)}
-                if len(control) > 1:
-                    values["rotation - none"] = over(cell, metric, size, A, "none", control)
-                    values["embedding - none"] = over(cell, metric, size, B, "none", control)
-                if size != HOME:
-                    values["rotation - embedding, less that at 64 px"] = (
-                        values["rotation - embedding"] - over(cell, metric, HOME, A, B, seeds)
-                    )
-                for what, each in values.items():
-                    mean, low, high, _ = crossed_interval(each)
-                    found.append({"comparison": cell, "difference": what, "reader": metric, "size": size_pair(size),
-                                  "mean": mean, "low": low, "high": high, "seeds": len(each)})  # fmt: skip
+    for cell, metric, size in ((c, m, s) for c in CELLS for m in METRICS for s in SIZES):
+        for a, b in ((a, b) for i, a in enumerate(schemes) for b in schemes[i + 1 :]):
+            if b == CODE and a == B:
+                a, b = CODE, B
+            name, each = f"{NAMED[a]} - {NAMED[b]}", over(cell, metric, size, a, b)
+            if len(each) < 2:  # a control of one seed has no interval
+                continue
+            values = {name: each}
+            if size != HOME and a == A and b != "none":
+                values[f"{name}, less that at {HOME} px"] = each - over(cell, metric, HOME, a, b)
+            for what, points in values.items():
+                mean, low, high, _ = crossed_interval(points)
+                found.append({"comparison": cell, "difference": what, "reader": metric, "size": size_pair(size),
+                              "mean": mean, "low": low, "high": high, "seeds": len(points)})  # fmt: skip
     return found
 
 
@@ -234,20 +248,23 @@ def main(words: list[str] | None = None) -> int:
     elif given.command == "seeds":
         print("standard deviation {:.2f} points, pooled; {} seeds".format(*pilot(given.folder)))
     else:
-        pairs, others = pairs_of(given.folder, list(range(given.seeds)))
-        rows, found = [row for row, _ in [*pairs, *others]], found_in(pairs)
+        pairs = pairs_of(given.folder, list(range(given.seeds)))
+        rows = [row for each in pairs.values() for row, _ in each]
         rows_to_csv(rows, given.folder / "accuracy.csv")
-        rows_to_csv(found, given.folder / "primary.csv")
-        rows_to_csv(secondary(pairs, others), given.folder / "secondary.csv")
-        (given.folder / "summary.md").write_text(summary(found), encoding="utf-8")
+        rows_to_csv(secondary(pairs), given.folder / "secondary.csv")
+        for opponent, place in ((B, given.folder), (CODE, given.folder / "sincos")):
+            if opponent in pairs:
+                found = found_in(pairs, opponent)
+                rows_to_csv(found, place / "primary.csv")
+                (place / "summary.md").write_text(summary(found, NAMED[opponent]), encoding="utf-8")
         cells_figure(rows, 64).savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
     return 0
 
 
-def summary(found: list[Row]) -> str:
+def summary(found: list[Row], opponent: str) -> str:
     """The sixteen differences as a Markdown table, with 95 % intervals and Holm-adjusted p-values."""
     at = {(row["comparison"], size_text(row["size"]), row["reader"]): row for row in found}
-    lines = ["| rotation minus embedding, points | kNN, half | probe, half | kNN, twice | probe, twice |",
+    lines = [f"| rotation minus {opponent}, points | kNN, half | probe, half | kNN, twice | probe, twice |",
              "|---|---|---|---|---|"]  # fmt: skip
     for cell in CELLS:
         cells = [at[cell, size, reader] for size in ("32", "128") for reader in METRICS]

@@ -82,6 +82,37 @@ def test_nothing_is_looked_at_before_the_last_seed_is_there(tmp_path, capsys):
     assert not list(tmp_path.glob("*.csv")) and capsys.readouterr().out == ""
 
 
+def test_a_fixed_code_is_a_third_scheme_of_the_same_sixteen(tmp_path):
+    """Of 40 pictures the code gets 12 right, the embedding 10, rotation 14, 15 and 16: +5, 0 and a mean of +7.5."""
+    for seed in (0, 1, 2):
+        ours = write_seed(tmp_path, seed)
+        code = {key.replace(evidence.B, evidence.CODE): np.arange(PICTURES) < 12
+                for key in ours if evidence.B in key or "HOG" in key}  # fmt: skip
+        if seed == 2:
+            with pytest.raises(ValueError, match=r"sincos lacks seeds \[2\]"):
+                evidence.main(["table", str(tmp_path), "--seeds", "3"])
+            assert not list(tmp_path.rglob("*.csv"))
+        evidence.save(code, tmp_path / "sincos" / f"seed-{seed}.npz")
+    assert evidence.main(["table", str(tmp_path), "--seeds", "3"]) == 0
+    found = rows_from_csv(tmp_path / "sincos" / "primary.csv")
+    assert len(found) == 16 and all(row["mean"] == pytest.approx(7.5) for row in found)
+    assert all(row["mean"] == pytest.approx(12.5) for row in rows_from_csv(tmp_path / "primary.csv"))
+    assert "rotation minus code" in (tmp_path / "sincos" / "summary.md").read_text()
+    beside = {row["difference"]: row["mean"] for row in rows_from_csv(tmp_path / "secondary.csv")}
+    assert beside == pytest.approx({
+        "rotation - embedding": 12.5, "rotation - embedding, less that at 64 px": 0, "rotation - code": 7.5,
+        "rotation - code, less that at 64 px": 0, "code - embedding": 5,
+    })  # fmt: skip
+    hog = [row for row in rows_from_csv(tmp_path / "accuracy.csv") if row["encoder"] == "HOG"]
+    assert len(hog) == 3 * 6 and {row["value"] for row in hog} == {0.175}  # the copy beside the code is not counted
+
+
+def test_the_cells_of_the_code_differ_from_the_embeddings_in_the_code_alone():
+    for cell in evidence.CELLS:
+        absolute, code = (flat_config(evidence.configs_of(cell, 1, [name])[name]) for name in ("absolute", "sincos"))
+        assert {key for key in code if code[key] != absolute[key]} == {"model.position_embedding"}
+
+
 def test_the_table_has_the_sixteen_comparisons_over_seeds_and_pictures(tmp_path):
     """Gains of 4, 5 and 6 pictures in 40."""
     for seed in (0, 1, 2):
@@ -118,10 +149,12 @@ def test_the_number_of_seeds_is_the_fewest_whose_interval_is_two_points_to_eithe
         assert evidence.number_of_seeds(differences) == (pytest.approx(pooled), min(max(wide[0], 5), 12))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("results/primary/primary.csv")), ids=str)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/primary/**/primary.csv")), ids=str)
 def test_the_committed_table_follows_from_the_committed_readings(path):
     seeds = sorted(int(file.stem.split("-")[1]) for file in path.parent.glob("seed-*.npz"))
-    found = evidence.found_in(evidence.pairs_of(path.parent, seeds)[0])
+    opponent = evidence.CODE if path.parent.name == "sincos" else evidence.B
+    folder = path.parent.parent if opponent == evidence.CODE else path.parent
+    found = evidence.found_in(evidence.pairs_of(folder, seeds), opponent)
     for row, made in zip(rows_from_csv(path), found, strict=True):
         assert {key: row[key] for key in ("comparison", "reader", "size", "seeds")} == {
             key: made[key] for key in ("comparison", "reader", "size", "seeds")

@@ -30,7 +30,7 @@ ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # as axes.prop_cycle in matplotlibrc
 COLORS = {
     "context": BLUE, "target": ORANGE, "predicted": GREEN,
-    "absolute": PURPLE, "rope": VERMILLION, "hybrid": SKY, "none": BLACK, "random": "#999999", "pixels": "#666666",
+    "absolute": PURPLE, "rope": VERMILLION, "sincos": BLUE, "hybrid": SKY, "none": BLACK, "random": "#999999", "pixels": "#666666",
     "histogram": "#B3B3B3", "hog": "#333333", "chance": "#CCCCCC",
     "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BLUE,
     "row": BLUE, "column": VERMILLION,
