@@ -37,6 +37,7 @@ COLORS = {
     "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
 }  # fmt: skip
 BASELINES = ("random", "pixels", "histogram", "hog", "chance")  # drawn grey and dashed
+STYLES = {"extrapolate": ("-.", "s")}  # line and marker of an orange beside another
 MANY_LINES = 8  # as many as a panel can hold
 METRICS = {
     "probe": "linear probe accuracy\n(fitted at the training size)",
@@ -100,16 +101,10 @@ def transfer_figure(
         x = [float(np.sqrt(h * w)) for h, w in cells]
         ticks.update(zip(x, map(size_text, cells), strict=True))
         value, low, high = ([row[key] for row in cells.values()] for key in ("value", "low", "high"))
-        dashed = _key(name) in BASELINES
-        ax.plot(
-            x,
-            value,
-            color=colors[name],
-            ls="--" if dashed else "-",
-            marker=None if dashed else "o",
-            label=name,
-        )
-        ax.fill_between(x, low, high, color=colors[name], alpha=0.15, linewidth=0)
+        simple, line, marker = _key(name) in BASELINES, *STYLES.get(_key(name) or "", ("-", "o"))
+        drawn = {"ls": "--"} if simple else {"ls": line, "marker": marker}
+        ax.plot(x, value, color=colors[name], label=name, **drawn)
+        ax.fill_between(x, low, high, color=colors[name], alpha=0.07 if simple else 0.15, linewidth=0)
     home = size_pair(train_size)
     ax.axvline(float(np.sqrt(home[0] * home[1])), color="#444444", lw=1, ls=":", label="_training size")
     ax.annotate("trained here", (float(np.sqrt(home[0] * home[1])), 1), xycoords=("data", "axes fraction"),

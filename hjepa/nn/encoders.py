@@ -84,6 +84,8 @@ class _Encoder(nn.Module):
         if kind == "learned" and std is not None:
             nn.init.trunc_normal_(embedding, std=std)
             return
+        if std is not None:
+            raise ValueError(f"position_embedding=sincos is fixed: leave position_embedding_std at None, not {std}")
         if self.embed_dim % 4:
             raise ValueError(f"position_embedding=sincos takes a width that is a multiple of 4, not {self.embed_dim}")
         code = sincos_positions(grid_positions(*self.grid_size), self.embed_dim)
