@@ -86,6 +86,19 @@ def dies(path, writer):
     written(path, writer)
 checkpoint.write_file = dies
 """
+TRACED = """
+import sys
+import torch
+from torch._dynamo.utils import counters
+def traced(self, **options):  # the graphs of a compilation without a C++ compiler
+    self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", **options)
+torch.nn.Module.compile = traced
+"""
+COUNTED = """
+import os
+with open(f"{sys.argv[1]}/graphs-{os.environ['RANK']}", "w") as file:
+    file.write(str(counters["stats"]["unique_graphs"]))
+"""
 
 
 def torchrun(
@@ -225,3 +238,16 @@ def test_a_model_cut_over_two_processes_equals_a_whole_one(tiny, tmp_path):
         weights = read_model(latest_checkpoint(tmp_path / name))
         for key, tensor in load_file(latest_checkpoint(tmp_path / "one") / "model.safetensors").items():
             torch.testing.assert_close(weights[key], tensor, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_a_cut_model_train_as_eager_ones_of_a_whole_one(tiny, tmp_path):
+    """Two image sizes, the views' two more: a graph for each shape of tokens and block, no more."""
+    words = ("objective=views", *ROPE, "views.small=2", "data.train_scales=[1.0, 2.0]", "train.steps=4")
+    train(tiny(*words), tmp_path / "whole", progress=False)
+    (tmp_path / "one").mkdir()
+    save_config(tiny(*words, "train.compile=true"), tmp_path / "one/config.yaml")
+    succeed(torchrun(TRACED + TRAIN + COUNTED, tmp_path, "cut"))
+    torch.testing.assert_close(column(tmp_path / "cut", "loss"), column(tmp_path / "whole", "loss"), atol=1e-4, rtol=0)
+    for rank in range(2):
+        assert 0 < int((tmp_path / f"graphs-{rank}").read_text()) <= train_module.GRAPHS
