@@ -13,7 +13,7 @@ from .data.views import Crops, draw_crops
 from .inputs import users_own
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
 from .nn.hjepa import HJEPA, build_projector
-from .nn.masks import Masks, sample_kept, sample_masks
+from .nn.masks import BatchMasks, Masks, MaskShapes, sample_kept
 from .nn.predictor import Predictor
 from .train.schedule import generator_at, mix
 
@@ -138,17 +138,28 @@ def small_side(config: Config, side: int) -> int:
 
 
 @users_own()
-def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks | None:
-    """The masks of the whole global batch of a step, of all large views of it; None where every patch is seen."""
-    generator = generator_at(config.train.seed, step, "masks")
+def batch_masks(config: Config, grid_size: tuple[int, int], step: int) -> BatchMasks | None:
+    """The masks of the whole global batch of a step, of all large views of it, drawn where they are asked for; None
+    where every patch is seen."""
     if config.objective == "labels" or (config.objective == "views" and config.views.keep == 1):
         return None
-    count = config.train.batch_size * (1 if config.objective == "masks" else config.views.large)
-    if config.objective == "views":
-        return sample_kept(count, grid_size, config.views.keep, generator)
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in as_dicts(config.masks).items()}
-    levels = len(config.model.level_weights)
-    return sample_masks(count, grid_size, levels=levels, generator=generator, **options)
+    shapes = MaskShapes(len(config.model.level_weights), **options)
+
+    @users_own()
+    def draw(block: int, samples: int) -> Masks:
+        generator = generator_at(config.train.seed, step, f"masks {block}" if block else "masks")
+        if config.objective == "views":
+            return sample_kept(samples, grid_size, config.views.keep, generator)
+        return shapes.more(samples, grid_size, generator) if block else shapes.first(samples, grid_size, generator)
+
+    return BatchMasks(config.train.batch_size * (1 if config.objective == "masks" else config.views.large), draw)
+
+
+def draw_masks(config: Config, grid_size: tuple[int, int], step: int) -> Masks | None:
+    """`batch_masks`, drawn for all samples."""
+    masks = batch_masks(config, grid_size, step)
+    return None if masks is None else masks.rows(slice(None))
 
 
 @users_own()

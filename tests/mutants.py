@@ -46,7 +46,7 @@ class Mutant:
 
 
 CONJUGATE = "table * table.new_tensor([1.0, -1.0])"
-SEEN = "~_any_in_cell(seen.unflatten(1, grid_size), level)"
+SEEN = "~_any_in_cell(seen, level)"
 MUTANTS = [
     # the rotation
     Mutant("no rotation", "nn/rope", "self.angles(positions, grid_size, layer)\n", "0 * self.angles(positions, grid_size, layer)\n", "rope"),
@@ -87,7 +87,9 @@ MUTANTS = [
     Mutant("context keeps target patches", "nn/masks", "generator) & ~hidden", "generator)", "masks"),
     Mutant("coarse targets that the context sees into", "nn/masks", SEEN, "_any_in_cell(hidden, level)", "masks"),
     Mutant("masks beside the seed", "nn/masks", "torch.rand(allowed.shape, generator=generator)", "torch.rand(allowed.shape)", "masks"),
-    Mutant("starved masks not drawn again", "nn/masks", "for _ in range(DRAWS):", "for _ in range(1):", "masks"),
+    Mutant("starved masks not drawn again", "nn/masks", "for _ in range(DRAWS):\n            scale,", "for _ in range(1):\n            scale,", "masks"),
+    Mutant("later masks short of tokens are kept", "nn/masks", "enough = enough & has", "enough = enough", "masks"),
+    Mutant("all blocks of masks from one draw", "nn/masks", "self.draw(block, min(", "self.draw(0, min(", "masks"),
     # what people hand in
     Mutant("folders of splits taken for classes", "data/folder", "    splits = _split_folders(folder)\n", "    splits: dict = {}\n", "imagefiles"),
     Mutant("splits inside classes mixed", "data/folder", "if len(splits) > 1:\n            what = f\"class", "if False:\n            what = f\"class", "imagefiles"),
@@ -96,7 +98,7 @@ MUTANTS = [
     Mutant("index: a damaged one trusted", "data/index", "!= zlib.crc32(raw[8:].data)", "== -1", "index"),
     Mutant("index: nested folders not watched", "data/folder", "stamps.setdefault(str(folder / below),", "below or stamps.setdefault(str(folder / below),", "index"),
     Mutant("index: validation pictures among the first", "data/index", 'order = np.argsort(held, kind="stable")', "order = np.arange(len(held))", "index"),
-    Mutant("masks of the wrong rows", "train/feed", "masks = masks.rows(rows, 1 if", "masks = masks.rows(slice(0, len(keys)), 1 if", "index"),
+    Mutant("masks of the wrong rows", "train/feed", "masks.rows(rows, views)", "masks.rows(slice(0, len(keys)), views)", "index"),
     # pooling, predictor, loss
     Mutant("pooling on the transposed grid", "nn/hjepa", "patches.unflatten(1, grid_size)", "patches.unflatten(1, grid_size[::-1])", "model"),
     Mutant("border cells cut off", "nn/hjepa", "ceil_mode=True", "ceil_mode=False", "model"),

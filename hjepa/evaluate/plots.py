@@ -30,8 +30,8 @@ ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # as axes.prop_cycle in matplotlibrc
 COLORS = {
     "context": BLUE, "target": ORANGE, "predicted": GREEN,
-    "absolute": PURPLE, "rope": VERMILLION, "sincos": BLUE, "hybrid": SKY, "none": BLACK, "random": "#999999", "pixels": "#666666",
-    "histogram": "#B3B3B3", "hog": "#333333", "chance": "#CCCCCC",
+    "absolute": PURPLE, "rope": VERMILLION, "sincos": BLUE, "hybrid": SKY, "none": BLACK,
+    "random": "#999999", "pixels": "#666666", "histogram": "#B3B3B3", "hog": "#333333", "chance": "#CCCCCC",
     "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BLUE,
     "row": BLUE, "column": VERMILLION,
     "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
@@ -102,7 +102,7 @@ def transfer_figure(
         ticks.update(zip(x, map(size_text, cells), strict=True))
         value, low, high = ([row[key] for row in cells.values()] for key in ("value", "low", "high"))
         simple, line, marker = _key(name) in BASELINES, *STYLES.get(_key(name) or "", ("-", "o"))
-        drawn = {"ls": "--"} if simple else {"ls": line, "marker": marker}
+        drawn: dict[str, Any] = {"ls": "--"} if simple else {"ls": line, "marker": marker}
         ax.plot(x, value, color=colors[name], label=name, **drawn)
         ax.fill_between(x, low, high, color=colors[name], alpha=0.07 if simple else 0.15, linewidth=0)
     home = size_pair(train_size)

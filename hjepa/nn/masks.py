@@ -17,16 +17,21 @@ is neither seen nor asked for. Nothing is padded. So that one unlucky sample doe
 masks are drawn as needed and the half with more context is kept; where even that leaves a sample without context, the
 batch is drawn again from the same generator, DRAWS times at most.
 
+A batch above BLOCK samples is drawn in blocks (`BatchMasks`), so that a process draws its own share and the first
+block, which gives the shapes and the numbers of tokens of all.
+
 Not covered: masks along time, masks drawn from the image's content.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 DRAWS = 100  # until blocks that fit one batch in ten or more practically always fit
+BLOCK = 256  # samples whose masks are drawn together
 
 
 @dataclass
@@ -42,6 +47,14 @@ class Masks:
             t.unflatten(0, (views, -1))[:, rows].flatten(0, 1) for t in (self.context_idx, *self.target_idx)
         )
         return Masks(context, tuple(targets))
+
+    @staticmethod
+    def cat(parts: "Sequence[Masks]") -> "Masks":
+        """The samples of several masks with the same numbers of tokens, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        targets = zip(*(part.target_idx for part in parts), strict=True)
+        return Masks(torch.cat([part.context_idx for part in parts]), tuple(map(torch.cat, targets)))
 
     def to(self, device: torch.device | str) -> "Masks":
         """The masks on a device."""
@@ -96,40 +109,117 @@ def sample_masks(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    _check(levels, num_targets, target_scale, target_aspect, context_scale, grid_size)
-    for _ in range(DRAWS):
-        scale, aspect = _uniform(target_scale, generator), _log_uniform(target_aspect, generator)
-        hidden = _hidden(2 * batch_size, grid_size, levels, num_targets, scale, aspect, generator)
-        context = _context(hidden, math.sqrt(_uniform(context_scale, generator)), generator)
-        counts, kept = context.flatten(1).sum(1).topk(batch_size)
-        if counts.min() > 0:
-            break
-    else:
-        raise ValueError(_starved(grid_size, target_scale, context_scale))
-    kept = kept.sort().values
-    context, hidden = context[kept], hidden[kept]
-    context_idx = _choose(context.flatten(1), generator)
-    seen = torch.zeros(batch_size, grid_size[0] * grid_size[1], dtype=torch.bool).scatter_(1, context_idx, True)
-    targets = [_choose(hidden.flatten(1), generator)]
-    for level in range(1, levels):
-        targets.append(_choose(~_any_in_cell(seen.unflatten(1, grid_size), level).flatten(1), generator))
-    return Masks(context_idx, tuple(targets))
+    return MaskShapes(levels, num_targets, target_scale, target_aspect, context_scale).first(
+        batch_size, grid_size, generator
+    )
 
 
-def _hidden(
-    drawn: int,
-    grid_size: tuple[int, int],
-    levels: int,
-    num_targets: int,
-    scale: float,
-    aspect: float,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Target blocks and, with several levels, one coarsest cell in each sample: `[drawn, H, W]`, True inside."""
-    hidden = torch.zeros(drawn, *grid_size, dtype=torch.bool)
-    for _ in range(num_targets):
-        hidden |= _blocks(drawn, grid_size, *_block_shape(grid_size, scale, aspect), generator)
-    return hidden | _coarse_cells(drawn, grid_size, levels - 1, generator) if levels > 1 else hidden
+class MaskShapes:
+    """Draws the first masks of a batch, then more of the same shapes and numbers of tokens.
+
+    Arguments as of `sample_masks`.
+    """
+
+    def __init__(
+        self,
+        levels: int = 3,
+        num_targets: int = 4,
+        target_scale: tuple[float, float] = (0.15, 0.2),
+        target_aspect: tuple[float, float] = (0.75, 1.5),
+        context_scale: tuple[float, float] = (0.85, 1.0),
+    ) -> None:
+        self.levels, self.num_targets = levels, num_targets
+        self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
+        self.shape = (0.0, 0.0, 0.0)  # share of a target block, its aspect, share of the context block
+        self.counts: tuple[int, ...] = ()  # of context and targets
+
+    def first(self, samples: int, grid_size: tuple[int, int], generator: torch.Generator | None) -> Masks:
+        """Masks of new shapes, with as many tokens as all the samples have."""
+        _check(self.levels, self.num_targets, self.target_scale, self.target_aspect, self.context_scale, grid_size)
+        for _ in range(DRAWS):
+            scale, aspect = _uniform(self.target_scale, generator), _log_uniform(self.target_aspect, generator)
+            hidden = self._hidden(2 * samples, grid_size, scale, aspect, generator)
+            share = math.sqrt(_uniform(self.context_scale, generator))
+            context = _context(hidden, share, generator)
+            counts, kept = context.flatten(1).sum(1).topk(samples)
+            if counts.min() > 0:
+                break
+        else:
+            raise ValueError(_starved(grid_size, self.target_scale, self.context_scale))
+        kept = kept.sort().values
+        masks, _ = self._chosen(context[kept], hidden[kept], generator, [None] * (1 + self.levels))
+        self.shape, self.counts = (
+            (scale, aspect, share),
+            tuple(t.shape[1] for t in (masks.context_idx, *masks.target_idx)),
+        )
+        return masks
+
+    def more(self, samples: int, grid_size: tuple[int, int], generator: torch.Generator | None) -> Masks:
+        """Masks of the shapes and numbers of tokens of the last `first`; samples that have fewer are drawn again."""
+        scale, aspect, share = self.shape
+        found: list[Masks] = []
+        missing = samples
+        for _ in range(DRAWS):
+            hidden = self._hidden(2 * missing, grid_size, scale, aspect, generator)
+            context = _context(hidden, share, generator)
+            masks, enough = self._chosen(context, hidden, generator, list(self.counts))
+            order = context.flatten(1).sum(1).masked_fill(~enough, -1).argsort(descending=True, stable=True)
+            kept = order[: min(missing, int(enough.sum()))].sort().values
+            found.append(Masks(masks.context_idx[kept], tuple(t[kept] for t in masks.target_idx)))
+            missing -= len(kept)
+            if not missing:
+                return Masks.cat(found)
+        raise ValueError(_starved(grid_size, self.target_scale, self.context_scale))
+
+    def _hidden(
+        self, drawn: int, grid_size: tuple[int, int], scale: float, aspect: float, generator: torch.Generator | None
+    ) -> Tensor:
+        """Target blocks and, with several levels, one coarsest cell in each sample: `[drawn, H, W]`, True inside."""
+        hidden = torch.zeros(drawn, *grid_size, dtype=torch.bool)
+        for _ in range(self.num_targets):
+            hidden |= _blocks(drawn, grid_size, *_block_shape(grid_size, scale, aspect), generator)
+        return hidden | _coarse_cells(drawn, grid_size, self.levels - 1, generator) if self.levels > 1 else hidden
+
+    def _chosen(
+        self, context: Tensor, hidden: Tensor, generator: torch.Generator | None, counts: list[int | None]
+    ) -> tuple[Masks, Tensor]:
+        """Patches and cells of each sample, `counts` of context and of each level, None as many as all samples have;
+        and which samples have that many `[B]`."""
+        context_idx, enough = _choose(context.flatten(1), generator, counts[0])
+        seen = torch.zeros_like(context.flatten(1)).scatter_(1, context_idx, True).view_as(context)
+        targets = []
+        for level, count in enumerate(counts[1:]):
+            allowed = hidden if level == 0 else ~_any_in_cell(seen, level)
+            target, has = _choose(allowed.flatten(1), generator, count)
+            targets.append(target)
+            enough = enough & has
+        return Masks(context_idx, tuple(targets)), enough
+
+
+class BatchMasks:
+    """The masks of a batch of any size, BLOCK samples at a time and only those that are asked for.
+
+    draw(block, samples) gives the masks of a block; the first is drawn at once. Blocks stay as they were drawn.
+    """
+
+    def __init__(self, batch_size: int, draw: Callable[[int, int], Masks]) -> None:
+        self.batch_size, self.draw = batch_size, draw
+        self.blocks: dict[int, Masks] = {}
+        self._block(0)
+
+    def rows(self, rows: slice, views: int = 1) -> Masks:
+        """`Masks.rows` of the whole batch."""
+        samples = torch.arange(self.batch_size).unflatten(0, (views, -1))[:, rows].flatten()
+        parts = []
+        for block in (samples // BLOCK).unique().tolist():
+            inside, drawn = samples[samples // BLOCK == block] % BLOCK, self._block(block)
+            parts.append(Masks(drawn.context_idx[inside], tuple(t[inside] for t in drawn.target_idx)))
+        return Masks.cat(parts)
+
+    def _block(self, block: int) -> Masks:
+        if block not in self.blocks:
+            self.blocks[block] = self.draw(block, min(BLOCK, self.batch_size - block * BLOCK))
+        return self.blocks[block]
 
 
 def _context(hidden: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
@@ -182,11 +272,13 @@ def _any_in_cell(marked: Tensor, level: int) -> Tensor:
     return pooled[:, 0] > 0
 
 
-def _choose(allowed: Tensor, generator: torch.Generator | None) -> Tensor:
-    """As many allowed places of each row as the poorest row has, a random choice, sorted: `[B, K]` -> `[B, n]`."""
-    count = int(allowed.sum(1).min())
+def _choose(allowed: Tensor, generator: torch.Generator | None, count: int | None) -> tuple[Tensor, Tensor]:
+    """`count` allowed places of each row, None as many as the poorest row has, a random choice, sorted:
+    `[B, K]` -> `[B, n]`; and which rows have that many `[B]`."""
+    has = allowed.sum(1)
+    count = int(has.min()) if count is None else count
     rank = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, 2.0)
-    return rank.argsort(dim=1)[:, :count].sort(dim=1).values
+    return rank.argsort(dim=1)[:, :count].sort(dim=1).values, has >= count
 
 
 def _check(
@@ -217,9 +309,7 @@ def _check(
         )
 
 
-def _starved(
-    grid_size: tuple[int, int], target_scale: tuple[float, float], context_scale: tuple[float, float]
-) -> str:
+def _starved(grid_size: tuple[int, int], target_scale: tuple[float, float], context_scale: tuple[float, float]) -> str:
     return (
         f"the targets left a sample without context on the {grid_size[0]}x{grid_size[1]} grid in {DRAWS} draws: lower "
         f"target_scale={tuple(target_scale)}, raise context_scale={tuple(context_scale)}, or use fewer levels or a "

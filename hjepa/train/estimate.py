@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..build import build_model, draw_masks, draw_views, load_split, small_side
+from ..build import batch_masks, build_model, draw_views, load_split, small_side
 from ..config import Config
 from ..inputs import UserError
 from .optimizer import build_optimizer
@@ -100,13 +100,14 @@ def _model(config: Config) -> Any:
 def _arguments(config: Config, grid: tuple[int, int], rows: slice) -> dict[str, Any]:
     """What a step feeds the model (`feed.Feed`), as shapes; masks are drawn, for their number of tokens."""
     with torch.device("cpu"):
-        masks = draw_masks(config, grid, 0)
         drawn = ([], []) if config.objective == "masks" else draw_views(config, 0)
+        large, small = (len(views) for views in drawn)
+        masks = batch_masks(config, grid, 0)
+        own = None if masks is None else masks.rows(rows, max(large, 1))
     side, pictures = config.data.image_size, rows.stop - rows.start
-    large, small = (len(views) for views in drawn)
     arguments: dict[str, Any] = {"images": torch.empty(max(large, 1) * pictures, 3, side, side)}
-    if masks is not None:
-        arguments["masks"] = (masks.rows(rows) if not large else masks.rows(rows, large)).to("meta")
+    if own is not None:
+        arguments["masks"] = own.to("meta")
     if large:
         arguments["pictures"] = pictures
     if small:

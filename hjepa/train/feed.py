@@ -1,9 +1,10 @@
 """What a step feeds the model: pictures, cut into views on the device, with masks and labels.
 
 Loader processes hand over whole batches as they are stored, uint8, and their masks; what is left for the device is to
-normalise, and to cut views. Crops and masks are drawn for the global batch from (seed, step), since all its samples
-keep the same number of tokens; each process keeps its own rows. The objective masks alone has one crop per picture,
-which the loader makes (`data.images.TrainView`).
+normalise, and to cut views. Crops and masks are those of the global batch at (seed, step), whatever the number of
+processes. Each process keeps its own rows; of masks it draws only the blocks that hold them, and the first
+(`nn.masks.BatchMasks`). The objective masks alone has one crop per picture, which the loader makes
+(`data.images.TrainView`).
 
 Not covered: data sets whose pictures have no common shape: `SourcePictures` makes them square.
 """
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..build import draw_masks, draw_views, small_side, train_sizes
+from ..build import batch_masks, draw_views, small_side, train_sizes
 from ..config import Config
 from ..data.images import ImageData, TrainView, normalised
 from ..data.sources import fit
 from ..data.views import Crops, cut, places
 from ..inputs import UserError
-from ..nn.masks import Masks
+from ..nn.masks import BatchMasks, Masks
 from .schedule import StepSampler, size_at
 
 
@@ -50,7 +51,7 @@ class Batches(Dataset):
 
     def __init__(self, config: Config, data: ImageData, patch_size: int) -> None:
         self.config, self.patch_size = config, patch_size
-        self.drawn: tuple[Any, Masks | None] = (None, None)  # step and grid of the last masks, and the masks
+        self.drawn: tuple[Any, BatchMasks | None] = (None, None)  # step and grid of the last masks, and the masks
         self.sources = SourcePictures(data, 2 * max(train_sizes(config)))
         self.view = TrainView(
             data,
@@ -68,11 +69,9 @@ class Batches(Dataset):
             found = [self.sources[key] for key in keys]
         grid = (keys[0][2] // self.patch_size,) * 2
         if self.drawn[0] != (step, grid):  # once for all micro-batches of a step
-            self.drawn = (step, grid), draw_masks(self.config, grid, step)
-        masks = self.drawn[1]
-        if masks is not None:
-            masks = masks.rows(rows, 1 if self.config.objective == "masks" else self.config.views.large)
-        return *default_collate(found), masks
+            self.drawn = (step, grid), batch_masks(self.config, grid, step)
+        masks, views = self.drawn[1], 1 if self.config.objective == "masks" else self.config.views.large
+        return *default_collate(found), None if masks is None else masks.rows(rows, views)
 
 
 class Feed:

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .. import hub
-from ..build import build_encoders, build_model, draw_masks, load_split, train_sizes
+from ..build import batch_masks, build_encoders, build_model, load_split, train_sizes
 from ..config import Config, save_config
 from ..data.images import ImageData
 from ..evaluate.measures import effective_rank, feature_std
@@ -174,7 +174,7 @@ class _Run:
             state = load_checkpoint(self.last_good, self.unwrapped, self.optimizer.optimizer)
         for side in train_sizes(self.config):
             patch_grid(side, self.unwrapped.context_encoder.patch_size)
-            draw_masks(self.config, self.grid(side), 0)  # a grid too small for the masks is an error now, not later
+            batch_masks(self.config, self.grid(side), 0)  # a grid too small for the masks is an error now, not later
         if self.accelerator.scaler is not None and "scaler" in state["extra"]:
             self.accelerator.scaler.load_state_dict(state["extra"]["scaler"])
         return state["step"]

@@ -370,7 +370,7 @@ def test_the_spread_of_a_learned_embedding_at_the_start_is_the_one_asked_for():
         ({"position_embedding": "sincs"}, "sincs' is not one of learned, sincos; nearest: sincos"),
         ({"position_embedding": "sincos", "pretrained": True}, "pretrained=True brings a position embedding"),
         ({"position_embedding": "sincos", "vit": {"embed_dim": 18, "num_heads": 3}}, "a multiple of 4, not 18"),
-        ({"position_embedding": "sincos", "position_embedding_std": 0.2}, "fixed: leave position_embedding_std at None"),
+        ({"position_embedding": "sincos", "position_embedding_std": 0.2}, "fixed: leave position_embedding_std"),
     ],
 )
 def test_a_position_embedding_that_cannot_be_is_refused(options, message, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hjepa.nn.masks import Masks, level_grid, sample_masks
+from hjepa.nn import masks as masks_module
+from hjepa.nn.masks import BatchMasks, Masks, MaskShapes, level_grid, sample_masks
 
 
 def draw(batch: int = 8, grid: tuple[int, int] = (14, 14), seed: int = 0, **options: Any) -> Masks:
@@ -116,6 +117,65 @@ def test_rows_picks_samples_of_every_index() -> None:
     part = masks.rows(slice(2, 5))
     assert torch.equal(part.context_idx, masks.context_idx[2:5])
     assert all(torch.equal(a, b[2:5]) for a, b in zip(part.target_idx, masks.target_idx, strict=True))
+
+
+def batch(size: int, seed: int = 5, grid: tuple[int, int] = (14, 14)) -> tuple[BatchMasks, list[int]]:
+    """The masks of a batch, and which of its blocks were drawn so far."""
+    shapes, drawn = MaskShapes(), []
+
+    def draw(block: int, samples: int) -> Masks:
+        drawn.append(block)
+        generator = torch.Generator().manual_seed(1000 * seed + block)
+        return shapes.more(samples, grid, generator) if block else shapes.first(samples, grid, generator)
+
+    return BatchMasks(size, draw), drawn
+
+
+def test_a_process_draws_its_own_share_of_a_large_batch_and_the_first_block(monkeypatch) -> None:
+    """Eight processes, blocks of 32 in a batch of 200: each draws two or three of seven, and together they have what
+    one process has."""
+    monkeypatch.setattr(masks_module, "BLOCK", 32)
+    whole, _ = batch(200)
+    alone = whole.rows(slice(None))
+    check(alone, (14, 14), 3, 200)
+    for process in range(8):
+        rows = slice(25 * process, 25 * (process + 1))
+        masks, drawn = batch(200)
+        own = masks.rows(rows)
+        assert set(drawn) == {0, *range(rows.start // 32, (rows.stop - 1) // 32 + 1)} and len(drawn) == len(set(drawn))
+        for part, every in zip((own.context_idx, *own.target_idx), (alone.context_idx, *alone.target_idx), strict=True):
+            assert torch.equal(part, every[rows])
+
+
+def test_views_of_a_large_batch_keep_their_rows(monkeypatch) -> None:
+    monkeypatch.setattr(masks_module, "BLOCK", 16)
+    masks, _ = batch(60)
+    own = masks.rows(slice(3, 9), views=3)
+    whole = masks.rows(slice(None)).rows(slice(3, 9), views=3)
+    for one, other in zip((own.context_idx, *own.target_idx), (whole.context_idx, *whole.target_idx), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_batch_of_one_block_is_what_sample_masks_draws() -> None:
+    masks, _ = batch(48)
+    one, other = masks.rows(slice(None)), draw(48, (14, 14), 5000)
+    assert torch.equal(one.context_idx, other.context_idx)
+    assert all(torch.equal(a, b) for a, b in zip(one.target_idx, other.target_idx, strict=True))
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (9, 13)])
+def test_later_blocks_have_the_shapes_and_numbers_of_tokens_of_the_first_and_their_own_places(grid) -> None:
+    shapes = MaskShapes(levels=2)
+    for seed in range(20):
+        first = shapes.first(16, grid, torch.Generator().manual_seed(seed))
+        before = shapes.shape
+        more = shapes.more(300, grid, torch.Generator().manual_seed(100 + seed))
+        check(more, grid, 2, 300)
+        assert shapes.shape == before
+        assert [t.shape[1] for t in (more.context_idx, *more.target_idx)] == [
+            t.shape[1] for t in (first.context_idx, *first.target_idx)
+        ]
+        assert len({tuple(row) for row in more.context_idx.tolist()}) > 200
 
 
 @pytest.mark.parametrize(
