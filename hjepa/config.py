@@ -52,7 +52,7 @@ class DataConfig:
     path: str | None = None  # the folder of class folders, for name: imagefolder
     image_size: int = key(64, at_least=1)  # training image side, pixels; the one that features are measured at
     train_scales: list[float] = key([1.0], above=0)  # times image_size: sides drawn from in training
-    crop_scale: list[float] = key([0.3, 1.0], interval=1.0)  # area share of a crop
+    crop_scale: list[float] = key([0.3, 1.0], interval=1.0)  # area share of a crop; objective: masks alone, as jitter
     flip: bool = True  # mirror left-right half of the time
     color_jitter: float = key(0.0, at_least=0, at_most=1)  # strength of brightness, contrast and saturation changes
     limit: int | None = key(None, at_least=1)  # at most this many training pictures
@@ -357,6 +357,10 @@ def _refuse_size(value: Any, what: str) -> None:
 
 # ---- what makes sense
 
+PICTURE_COORDINATES = {  # what takes places in the picture as they are
+    "model.rope.use_rope": True, "model.use_alibi": False, "model.rope.strategy": "interpolate",
+    "model.rope.shift": 0.0, "model.rope.jitter": 1.0, "model.rope.rescale": 1.0,
+}  # fmt: skip
 DIVISIBLE = {
     "model.embed_dim": "model.num_heads",
     "model.predictor.embed_dim": "model.predictor.num_heads",
@@ -417,11 +421,22 @@ def _check_together(values: Mapping[str, Any]) -> None:
     for name, parts in DIVISIBLE.items():
         if values[name] and values[parts] and values[name] % values[parts]:
             raise UserError(f"{name}={values[name]} is not divisible by {parts}={values[parts]}")
-    if values["views.coordinates"] == "picture" and values["model.rope.strategy"] != "interpolate":
-        strategy = f"model.rope.strategy={values['model.rope.strategy']}"
-        raise UserError(f"views.coordinates=picture needs RoPE with model.rope.strategy=interpolate, not {strategy}")
-    if values["objective"] in ("views", "both") and values["views.large"] + values["views.small"] < 2:
-        raise UserError(f"views.large={values['views.large']} and views.small={values['views.small']} make one view")
+    if values["views.coordinates"] == "picture":
+        for name, needed in PICTURE_COORDINATES.items():
+            if values[name] != needed:
+                raise UserError(f"views.coordinates=picture needs {name}={needed}, not {values[name]}")
+        if values["objective"] == "masks":
+            raise UserError("views.coordinates=picture is of views, not of objective=masks; nearest: both")
+    if values["objective"] in ("views", "both"):
+        large, small = values["views.large"], values["views.small"]
+        if large + small < 2:
+            raise UserError(f"views.large={large} and views.small={small} make one view")
+        batch, parts = values["train.batch_size"], values["train.accumulate"]
+        if batch < 2 * parts:
+            raise UserError(f"train.batch_size={batch} in train.accumulate={parts} parts: views need 2 or more each")
+    if (values["loss.regularizer"] == "none") != (values["loss.regularizer_weight"] == 0):
+        pair = f"loss.regularizer={values['loss.regularizer']} and loss.regularizer_weight"
+        raise UserError(f"{pair}={values['loss.regularizer_weight']} do nothing: set both, such as variance and 0.3")
     if values["train.ema_end"] < values["train.ema_start"]:
         start = f"train.ema_start={values['train.ema_start']}"
         raise UserError(f"train.ema_end={values['train.ema_end']} must not be below {start}")

@@ -64,7 +64,11 @@ class _Encoder(nn.Module):
         self.patch_size = square_patch(self.vit.patch_embed.feat_ratio(as_scalar=False))
         patch_grid(img_size, self.patch_size)
         freeze_head(self.vit)
+        self.position_embedding = position_embedding if use_absolute else None
         if not use_absolute:
+            if position_embedding != "learned" or position_embedding_std is not None:
+                given = f"position_embedding={position_embedding!r}, position_embedding_std={position_embedding_std}"
+                raise ValueError(f"{given} without use_absolute=True is of no embedding")
             self.vit.pos_embed = None
         elif position_embedding != "learned" or position_embedding_std is not None:
             if pretrained:
@@ -82,7 +86,8 @@ class _Encoder(nn.Module):
         check_choice("position_embedding", kind, POSITION_EMBEDDINGS)
         embedding: Any = self.vit.pos_embed
         if kind == "learned" and std is not None:
-            nn.init.trunc_normal_(embedding, std=std)
+            limit = max(2.0, 5 * std)  # timm's bounds, but for spreads that they would cut
+            nn.init.trunc_normal_(embedding, std=std, a=-limit, b=limit)
             return
         if std is not None:
             raise ValueError(f"position_embedding=sincos is fixed: leave position_embedding_std at None, not {std}")
@@ -306,7 +311,7 @@ class TargetEncoder(_Encoder):
             RuntimeError: it is built differently.
             ValueError: it takes the same weights and gives other features, by its rotation or its absolute table.
         """
-        _check_positions(self, context_encoder)
+        check_positions(self, context_encoder)
         self.load_state_dict(context_encoder.state_dict())
 
     @torch.no_grad()
@@ -316,7 +321,7 @@ class TargetEncoder(_Encoder):
         The context encoder may be in any precision. Raises ValueError for one built differently, or that rotates
         otherwise, or a target encoder in half precision.
         """
-        _check_positions(self, context_encoder)
+        check_positions(self, context_encoder)
         mine, theirs = dict(_named_tensors(self)), dict(_named_tensors(context_encoder))
         if mine.keys() != theirs.keys():
             odd = sorted(mine.keys() ^ theirs.keys())
@@ -335,7 +340,7 @@ class TargetEncoder(_Encoder):
         return momentum
 
 
-def _check_positions(target: _Encoder, context: nn.Module) -> None:
+def check_positions(target: _Encoder, context: nn.Module) -> None:
     """ValueError if the same weights give other features in the two, by rotation or position embedding."""
     if not isinstance(context, _Encoder):  # inside another module: not known
         return
@@ -352,7 +357,7 @@ def _position_settings(encoder: _Encoder) -> dict[str, Any]:
     """What decides on positions and is in no state dict."""
     rope, alibi = encoder.rope, encoder.alibi
     found: dict[str, Any] = {"use_rope": rope is not None, "use_alibi": alibi is not None}
-    found["use_absolute"] = encoder.use_absolute
+    found |= {"use_absolute": encoder.use_absolute, "position_embedding": encoder.position_embedding}
     if alibi is not None:
         found["strategy of ALiBi"] = alibi.strategy
     if rope is not None:

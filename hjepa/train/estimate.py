@@ -91,7 +91,8 @@ def _shapes_alone() -> Iterator[None]:
 
 
 def _model(config: Config) -> Any:
-    classes = len(load_split(config, "train").classes) if config.objective == "labels" else None
+    with torch.device("cpu"):
+        classes = len(load_split(config, "train").classes) if config.objective == "labels" else None
     without = config.copy()  # type: ignore[attr-defined]
     without.model.pretrained = False
     return build_model(without, classes).train()

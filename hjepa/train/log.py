@@ -151,7 +151,8 @@ FREE_ON_RESUME = (
 def check_run_dir(config: Config, run_dir: Path, resume: bool) -> str:
     """Refuse to mix two runs in one folder. UserError naming the folder or the first key that differs.
 
-    With a regularizer, a statistic of the micro-batch, train.accumulate is a part of the objective and must not change.
+    A regularizer and the loss of views are statistics of the micro-batch: with them train.accumulate is a part of the
+    objective and must not change.
     Returns what a user should know of a run that goes on for more steps, "" otherwise.
     """
     saved = any((run_dir / "checkpoints").glob("step_*"))
@@ -160,7 +161,8 @@ def check_run_dir(config: Config, run_dir: Path, resume: bool) -> str:
     if not saved or not (run_dir / "config.yaml").exists():
         return ""
     before, now = (flat_config(c) for c in (load_config(run_dir / "config.yaml"), config))
-    bound = () if config.loss.regularizer == "none" else ("train.accumulate",)
+    whole = config.loss.regularizer == "none" and config.objective in ("masks", "labels")
+    bound = () if whole else ("train.accumulate",)
     steps, more = before["train.steps"], now["train.steps"]
     for key in before:
         longer = key == "train.steps" and more > steps

@@ -7,7 +7,8 @@
 
 Accelerate supplies the device, mixed precision and the processes of torchrun. batch_size is the GLOBAL batch: with N
 processes and A accumulated micro-batches each handles batch_size / (N A) rows of the same batch, under the same masks,
-so the loss curve does not depend on N or A (a regularizer is a statistic of the micro-batch, so it does on A).
+so the loss curve does not depend on N or A (a regularizer and the loss of views are statistics of the micro-batch, so
+they do on A).
 Dropout, if a ViT is given any, repeats across processes and micro-batches.
 
 Source: Assran et al. 2023 (I-JEPA, arXiv:2301.08243, section 4 and appendix A) for optimiser and schedules.
@@ -35,17 +36,25 @@ from tqdm.auto import tqdm
 
 from .. import hub
 from ..build import batch_masks, build_encoders, build_model, load_split, train_sizes
-from ..config import Config, save_config
+from ..config import Config, config_of, save_config
 from ..data.images import ImageData
 from ..evaluate.measures import effective_rank, feature_std
 from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
 from ..files import hold, user_path
 from ..inputs import UserError, patch_grid
-from ..nn.encoders import TargetEncoder
+from ..nn.encoders import TargetEncoder, check_positions
 from ..nn.hjepa import HJEPA
 from ..pretrained import folder_of, list_pretrained
-from .checkpoint import STATE, begin_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, write_json
+from .checkpoint import (
+    STATE,
+    begin_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    write_json,
+)  # fmt: skip
 from .feed import Feed
 from .log import RunLog, check_run_dir, log_columns, note_versions, summary
 from .optimizer import build_optimizer
@@ -152,7 +161,9 @@ class _Run:
         """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
         options = self.config.train
         if options.optimizer == "muon" and fsdp_plugin(self.precision) is not None:
-            raise ValueError("train.optimizer=muon is not for matrices cut over processes (FSDP); nearest: adamw")
+            raise UserError("train.optimizer=muon is not for matrices cut over processes (FSDP); nearest: adamw")
+        if self.config.objective == "labels" and len(self.train_data.classes) < 2:
+            raise UserError(f"objective=labels needs 2 classes or more, not {self.train_data.classes}; nearest: views")
         self.unwrapped = build_model(self.config, len(self.train_data.classes))
         if options.init_from and not self.last_good:
             _start_from(options.init_from, self.unwrapped)
@@ -406,11 +417,17 @@ def _start_from(name: str, model: HJEPA) -> None:
     """Set the weights that train.init_from names: a checkpoint's or a run's, or those of an encoder alone, one that
     comes with the package or an export, in both encoders."""
     folder = folder_of(name)
-    if not (folder / hub.CONFIG).is_file():
+    if (folder / "config.yaml").is_file() or not (folder / hub.CONFIG).is_file():
         found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
         if found is None:
             what = f"neither a run with checkpoints nor a checkpoint, nor one of {', '.join(list_pretrained())}"
             raise FileNotFoundError(f"train.init_from={name}: {what}")
+        saved = config_of(read_state(found)["config"], str(found))
+        saved.model.pretrained = False
+        try:
+            check_positions(model.target_encoder, build_encoders(saved)[1])
+        except ValueError as error:
+            raise UserError(f"train.init_from={name}: {error}") from None
         load_checkpoint(found, model)
         return
     encoder = hub.load_pretrained(folder)[0]
@@ -453,6 +470,8 @@ def choose_precision(asked: str) -> str:
     is emulated, up to a hundred times more slowly. The instructions are asked for, not timed, so that a busy machine
     chooses as a quiet one does.
     """
+    if asked == "fp16" and not torch.accelerator.is_available():
+        raise UserError("train.mixed_precision=fp16 is for a GPU; nearest on a CPU: bf16")
     if asked != "auto":
         return asked
     if torch.accelerator.is_available():

@@ -357,11 +357,11 @@ def test_a_sincos_embedding_is_the_formula_and_stays(class_token):
 
 def test_the_spread_of_a_learned_embedding_at_the_start_is_the_one_asked_for():
     spread = {}
-    for std in (None, 0.02, 0.2):
+    for std in (None, 0.02, 0.2, 5.0):
         context, target = create_encoder("vit_tiny_patch16_224", 64, position_embedding_std=std, vit={"patch_size": 8})
         assert context.vit.pos_embed.requires_grad and torch.equal(context.vit.pos_embed, target.vit.pos_embed)
         spread[std] = context.vit.pos_embed.std().item()
-    assert spread == pytest.approx({None: 0.02, 0.02: 0.02, 0.2: 0.2}, rel=0.03)
+    assert spread == pytest.approx({None: 0.02, 0.02: 0.02, 0.2: 0.2, 5.0: 5.0}, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +371,8 @@ def test_the_spread_of_a_learned_embedding_at_the_start_is_the_one_asked_for():
         ({"position_embedding": "sincos", "pretrained": True}, "pretrained=True brings a position embedding"),
         ({"position_embedding": "sincos", "vit": {"embed_dim": 18, "num_heads": 3}}, "a multiple of 4, not 18"),
         ({"position_embedding": "sincos", "position_embedding_std": 0.2}, "fixed: leave position_embedding_std"),
+        ({"position_embedding": "sincos", "use_absolute": False}, "without use_absolute=True is of no embedding"),
+        ({"position_embedding_std": 0.2, "use_absolute": False}, "without use_absolute=True is of no embedding"),
     ],
 )
 def test_a_position_embedding_that_cannot_be_is_refused(options, message, monkeypatch):

@@ -100,6 +100,11 @@ def test_accumulation_and_checkpointing_keep_less_for_the_same_work():
     assert again["FLOP per step"] > whole["FLOP per step"]
 
 
+def test_labels_of_a_limited_data_set_are_counted_too():
+    few = estimate(config("objective=labels", "data.name=openmoji", "data.limit=8"))
+    assert few["parameters"] == estimate(config("objective=labels", "data.name=openmoji"))["parameters"]
+
+
 def test_muon_keeps_one_number_for_each_weight_of_a_block():
     matrices = DEPTH * 12 * D**2 + 12 * D**2
     adamw, muon = (estimate(config(f"train.optimizer={kind}"))["checkpoint, bytes"] for kind in ("adamw", "muon"))

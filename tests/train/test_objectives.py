@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from hjepa.build import build_model, draw_masks, load_split
 from hjepa.data.views import whole
+from hjepa.inputs import UserError
 from hjepa.nn.hjepa import HJEPA
 from hjepa.train import loop, train
 from hjepa.train.checkpoint import latest_checkpoint
@@ -15,6 +16,7 @@ from hjepa.train.feed import Feed
 from hjepa.train.log import read_log
 from hjepa.train.optimizer import MuonAdamW, build_optimizer, parameter_groups
 
+PICTURE, USE, ROUND = "views.coordinates=picture", "model.rope.use_rope=true", ["model.rope.strategy=interpolate"]
 ROPE = ("model.rope.use_rope=true", "model.use_absolute=false", "model.rope.strategy=interpolate")
 VIEWS = (
     *ROPE, "model.rope.theta=10", "views.small=2", "model.projector.hidden=16", "model.projector.out=8",
@@ -180,6 +182,9 @@ def test_auto_precision_is_what_the_processor_has_instructions_for(monkeypatch, 
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert loop.choose_precision("auto") == chosen
+    with pytest.raises(UserError, match="mixed_precision=fp16 is for a GPU; nearest on a CPU: bf16"):
+        loop.choose_precision("fp16")  # torch would train in float32 without a word
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert loop.choose_precision("fp16") == "fp16"
 
 
@@ -188,7 +193,14 @@ def test_auto_precision_is_what_the_processor_has_instructions_for(monkeypatch, 
     [
         (["objective=view"], "objective='view' must be one of masks, views, both, labels; nearest: views"),
         (["objective=views", "views.large=1", "views.small=0"], "make one view"),
-        (["views.coordinates=picture"], "needs RoPE with model.rope.strategy=interpolate, not"),
+        ([PICTURE], "picture needs model.rope.use_rope=True, not False"),
+        ([PICTURE, USE], "picture needs model.rope.strategy=interpolate, not extrapolate"),
+        ([PICTURE, USE, *ROUND, "model.use_alibi=true"], "picture needs model.use_alibi=False, not True"),
+        ([PICTURE, USE, *ROUND, "model.rope.jitter=2"], r"picture needs model.rope.jitter=1.0, not 2.0"),
+        ([PICTURE, USE, *ROUND, "objective=masks"], "of views, not of objective=masks; nearest: both"),
+        (["objective=views", "train.batch_size=4", "train.accumulate=4"], "in train.accumulate=4 parts: views need"),
+        (["loss.regularizer=variance"], "regularizer=variance and loss.regularizer_weight=0.0 do nothing: set both"),
+        (["loss.regularizer_weight=0.3"], "regularizer=none and loss.regularizer_weight=0.3 do nothing: set both"),
         (["model.act_layer=rellu"], "must be one of gelu, gelu_tanh, relu, silu; nearest: relu"),
     ],
 )
@@ -197,9 +209,14 @@ def test_objectives_that_cannot_be_are_refused_by_value(tiny, overrides, message
         tiny(*overrides)
 
 
+def test_one_class_is_nothing_to_learn_from_labels(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"labels needs 2 classes or more, not .'down'.; nearest: views"):
+        train(tiny("objective=labels", "data.classes=[down]"), tmp_path, progress=False)
+
+
 def test_muon_is_refused_where_matrices_are_cut_over_processes(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"train.optimizer=muon .*FSDP.*; nearest: adamw"):
+    with pytest.raises(UserError, match=r"train.optimizer=muon .*FSDP.*; nearest: adamw"):
         train(tiny(*VIEWS, "objective=views"), tmp_path, progress=False)
 
 

@@ -19,7 +19,8 @@ from hjepa.config import save_config
 from hjepa.data.images import TrainView
 from hjepa.evaluate.transfer import effective_rank, encode, knn_accuracy
 from hjepa.files import hold, is_held
-from hjepa.hub import CheckpointError, latest_checkpoint, load_run
+from hjepa.hub import CheckpointError, export_encoder, latest_checkpoint, load_run
+from hjepa.inputs import UserError
 from hjepa.nn.encoders import TargetEncoder
 from hjepa.nn.hjepa import HJEPA
 from hjepa.pretrained import WEIGHTS, load_pretrained
@@ -116,6 +117,19 @@ def test_a_run_starts_from_the_weights_of_another_with_a_schedule_of_its_own(tin
         train(tiny(f"train.init_from={tmp_path / 'nowhere'}"), tmp_path / "third", progress=False)
     with pytest.raises(ValueError, match="of another architecture"):
         train(tiny("model.depth=1", f"train.init_from={start}"), tmp_path / "fourth", progress=False)
+    for wrong, reason in (([*ROPE, "model.use_absolute=false"], "use_rope=False"),
+                          (["model.position_embedding=sincos"], "position_embedding='learned'")):  # fmt: skip
+        with pytest.raises(UserError, match=f"train.init_from=.*{reason} and this encoder"):
+            train(tiny(*wrong, f"train.init_from={start}"), tmp_path / "fifth", progress=False)
+
+
+def test_a_run_that_holds_an_export_starts_others_from_its_checkpoint(tiny, tmp_path):
+    train(tiny("train.steps=2"), tmp_path / "run", progress=False)
+    shutil.copytree(export_encoder(tmp_path / "run", tmp_path / "export"), tmp_path / "run", dirs_exist_ok=True)
+    quiet = ("train.steps=1", "train.lr=1e-12", "train.min_lr=0", "train.ema_start=1.0", "train.weight_decay=0")
+    train(tiny(*quiet, f"train.init_from={tmp_path / 'run'}"), tmp_path / "next", progress=False)
+    given, found = (load_file(latest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("run", "next"))
+    assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given)  # the predictor's too
 
 
 def test_a_run_starts_from_an_encoder_that_comes_with_the_package(tiny, tmp_path):
@@ -358,9 +372,12 @@ def test_a_run_is_not_overwritten_and_not_continued_with_other_settings(tiny, tm
     assert weights(tmp_path) == before
 
 
-def test_under_a_regularizer_the_parts_of_a_batch_are_no_free_setting(tiny, tmp_path):
-    """It is a statistic of the micro-batch: another number of parts is another objective."""
-    spread = ("train.steps=2", "loss.regularizer=variance", "loss.regularizer_weight=0.1")
+@pytest.mark.parametrize(
+    "options", [("loss.regularizer=variance", "loss.regularizer_weight=0.1"), ("objective=views", "views.small=1")]
+)
+def test_where_the_loss_compares_pictures_the_parts_of_a_batch_are_no_free_setting(tiny, tmp_path, options):
+    """A regularizer and views are statistics of the micro-batch: another number of parts is another objective."""
+    spread = ("train.steps=2", *options)
     train(tiny(*spread), tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"started with train.accumulate=1, not 2"):
         train(tiny(*spread, "train.accumulate=2"), tmp_path, resume=True, progress=False)
