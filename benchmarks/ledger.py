@@ -130,6 +130,15 @@ def better_transfer(row: Claim, root: Path) -> Claim:
         "{percent:+.1f} % of the embedding's accuracy, its interval ends below {percent_high:+.1f} %; {apart} differ "
         "from 0 (p < 0.05 after Holm)"
     )
+    if (against := folder / "sincos" / "primary.csv").exists():
+        other = rows_from_csv(against)
+        values |= {"code_least": round(min(each["mean"] for each in other), 1),
+                   "code_most": round(max(each["mean"] for each in other), 1),
+                   "code_apart": sum(each["p_holm"] < 0.05 for each in other)}  # fmt: skip
+        text += (
+            "; over a fixed sine-cosine code in the embedding's place: {code_least:+.1f} to {code_most:+.1f}, "
+            "{code_apart} differ from 0"
+        )
     return row | {"values": values, "number": text, "verdict": transfer_verdict(found)}
 
 

@@ -168,7 +168,7 @@ def test_differences_beside_the_sixteen_follow_from_the_committed_readings():
     """Recomputed from single pictures; the intervals' formula has its own tests."""
     folder = ROOT / "results" / "primary"
     rows = rows_from_csv(folder / "secondary.csv")
-    assert len(rows) == 4 * 2 * (4 + 3 + 4)
+    assert len(rows) == 4 * 2 * (8 + 6 + 8)
 
     def accuracy(place, seed, encoder, size, reader):
         with np.load(folder / place / f"seed-{seed}.npz") as kept:
@@ -183,6 +183,8 @@ def test_differences_beside_the_sixteen_follow_from_the_committed_readings():
                         for s in range(3)])  # fmt: skip
         found = {row["difference"]: row["mean"] for row in rows
                  if (row["comparison"], row["reader"], row["size"]) == (cell, reader, (128, 128))}  # fmt: skip
-        expected = {"rotation - embedding": gain[128], "embedding - none": over,
+        code = np.mean([accuracy("sincos", s, evidence.CODE, 128, reader) - accuracy("", s, evidence.B, 128, reader)
+                        for s in range(6)])  # fmt: skip
+        expected = {"rotation - embedding": gain[128], "embedding - none": over, "code - embedding": code,
                     "rotation - embedding, less that at 64 px": gain[128] - gain[64]}  # fmt: skip
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-3)
