@@ -407,11 +407,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from .experiments.sweep import announcement, load_sweep, run_sweep
+    from .experiments.sweep import ComparisonError, announcement, load_sweep, run_sweep
 
     sweep, runs = load_sweep(arguments.file)
     print(announcement(sweep, runs), flush=True)
-    failed = run_sweep(arguments.file)
+    try:
+        failed = run_sweep(arguments.file)
+    except ComparisonError:
+        _show_sweep(Path(sweep.out))
+        raise
     _show_sweep(Path(sweep.out))
     print(f"{len(runs) - len(failed)} of {len(runs)} runs finished; results: {Path(sweep.out, 'results.json')}")
     if failed:
