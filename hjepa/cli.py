@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --run")
     train.add_argument("--dry-run", action="store_true", help="say what a step would cost, and train nothing")
-    train.add_argument("--processes", metavar="N", type=int, default=1, help="with --dry-run: how many share a batch")
-    train.add_argument("--speed", metavar="FLOP/S", type=float, default=1e12, help="with --dry-run: of each of them")
+    train.add_argument("--processes", metavar="N", type=int, help="with --dry-run: how many share a batch (default: 1)")
+    train.add_argument("--speed", metavar="FLOP/S", type=float, help="with --dry-run: of each (default: 1e12)")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
 
     evaluate = add(_evaluate, "read frozen features at several image sizes")
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--timm", metavar="NAME", action="append", help="or a published model of timm; repeatable")
     evaluate.add_argument("--sizes", metavar="LIST", help="such as 32,48,96 or 48x96 (height x width), in pixels")
     evaluate.add_argument("--strategy", metavar="LIST", help="RoPE strategies to read each run with, comma-separated")
-    evaluate.add_argument("--which", choices=("target", "context"), default="target", help="which encoder")
+    evaluate.add_argument("--which", choices=("target", "context"), help="which encoder of a run (default: target)")
     evaluate.add_argument("--data", metavar="NAME", help="data set (default: the run's own; with --timm openmoji)")
     evaluate.add_argument("--path", metavar="FOLDER", help="folder of class folders, of imagefolder")
     evaluate.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
@@ -142,6 +142,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if arguments.resume and not arguments.run:
         raise UserError("--resume needs --run FOLDER, the run to go on with")
+    given = {name: getattr(arguments, name) for name in ("processes", "speed") if getattr(arguments, name) is not None}
+    if given and not arguments.dry_run:
+        name, value = next(iter(given.items()))
+        near = f"; nearest: torchrun --nproc_per_node {value} -m hjepa train" if name == "processes" else ""
+        raise UserError(f"--{name} {value} goes with --dry-run{near}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and not arguments.run:
         raise UserError("with several processes name the folder: --run-dir FOLDER")
@@ -151,7 +156,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from .train.estimate import estimate, format_estimate
 
-        print(format_estimate(estimate(config, processes=arguments.processes, speed=arguments.speed)))
+        print(format_estimate(estimate(config, **given)))
         return 0
     fresh = f"train-{datetime.now():%Y%m%d-%H%M%S}"
     folder = user_path(arguments.run) if arguments.run else fresh_folder("runs", fresh)
@@ -168,7 +173,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-RUNS_ONLY, TIMM_ONLY = ("strategy", "dense"), ("checkpoint", "no_pretrained", "fit_size")
+RUNS_ONLY, TIMM_ONLY = ("strategy", "dense", "which"), ("checkpoint", "no_pretrained", "fit_size")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -189,6 +194,8 @@ def _evaluate_here(arguments: argparse.Namespace) -> int:
     if odd:
         given, other = ("--run", "--timm") if arguments.run else ("--timm", "--run")
         raise UserError(f"--{odd[0].replace('_', '-')} goes with {other}, not with {given}")
+    if arguments.out and user_path(arguments.out).is_dir():
+        raise UserError(f"--out {arguments.out} is a folder; nearest: {Path(arguments.out, 'evaluation.csv')}")
     from .evaluate.transfer import device_named
 
     arguments.device = device_named(arguments.device)
@@ -203,6 +210,7 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
 
     name, root = arguments.data or "openmoji", arguments.root or "data"
     check_choice("--data", name, tuple(DATASETS))
+    _check_path(arguments.path, name)
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
     weights = {"checkpoint": arguments.checkpoint, "pretrained": not arguments.no_pretrained}
     models = published_encoders(arguments.timm, DATASETS[name].mean, DATASETS[name].std, **weights)
@@ -259,19 +267,18 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
 
     from .build import build_encoders, load_split
     from .config import as_dicts
-    from .evaluate.baselines import baselines
+    from .evaluate.baselines import NAMES, baselines
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
-    loaded = {name: _encoder_of(folder, arguments.which) for name, folder in _named(arguments.run).items()}
+    loaded = {name: _encoder_of(folder, arguments.which or "target") for name, folder in _named(arguments.run).items()}
     config = next(iter(loaded.values()))[1]
     for name, (_, other) in loaded.items():
-        for key in READ:
-            its, first = getattr(other.data, key), getattr(config.data, key)
-            if its != first:
-                what = f"data.{key}={its}, {arguments.run[0]} with {first}"
-                raise UserError(f"--run {name} was trained with other data settings: {what}")
+        _check_alike(name, other, arguments.run[0], config, sizes=not asked)
     _other_data(config.data, arguments)
     encoders = _views(loaded, arguments.strategy)
+    for name in ("random init", *NAMES, *(["chance"] if arguments.dense else [])):
+        if name in encoders:
+            raise UserError(f"--run {name}: a baseline in the table has that name; rename the folder")
     size = config.data.image_size
     splits = [load_split(config, split) for split in ("train", "test")]
     encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
@@ -292,7 +299,7 @@ def _encoder_of(folder: Path, which: str) -> tuple[Any, Any]:
     from . import hub
     from .config import config_of
 
-    if not (folder / hub.CONFIG).is_file():
+    if (folder / "checkpoints").is_dir() or not (folder / hub.CONFIG).is_file():
         return hub.load_run(folder, which)
     encoder, about = hub.load_pretrained(folder)
     if about["hjepa"]["which"] != which:
@@ -302,6 +309,18 @@ def _encoder_of(folder: Path, which: str) -> tuple[Any, Any]:
 
 # what two runs must share to be read together; the rest of `data` is about training alone
 READ = ("name", "path", "image_size", "limit", "classes", "on_corrupt", "moved", "mean", "std")
+
+
+def _check_alike(name: str, config: Any, first: str, shared: Any, *, sizes: bool) -> None:
+    """Refuse a run that would be read with settings of the first one; without `sizes` evaluate.sizes may differ."""
+    keys = [*(f"data.{key}" for key in READ), *(f"evaluate.{key}" for key in config.evaluate)]
+    for key in keys if sizes else [key for key in keys if key != "evaluate.sizes"]:
+        section, _, word = key.partition(".")
+        own, other = config[section][word], shared[section][word]
+        if own != other:
+            near = "give --sizes" if key == "evaluate.sizes" else "read them one by one"
+            what = f"{key}={own}, {first} with {other}; {near}"
+            raise UserError(f"--run {name} was trained with other {section} settings: {what}")
 
 
 def _named(runs: list[str]) -> dict[str, Path]:
@@ -318,17 +337,32 @@ def _named(runs: list[str]) -> dict[str, Path]:
 
 
 def _other_data(data: Any, arguments: argparse.Namespace) -> None:
-    """Set the pictures that --data, --path and --root name; they are normalised as those trained on were."""
-    from .data.images import DATASETS
+    """Set the pictures that --data, --path and --root name; they are normalised as those trained on were.
 
+    Others than those trained on have other classes and another number: data.classes and data.limit are left out.
+    """
+    from .data.images import DATASETS
+    from .evaluate.processes import place
+
+    own = data.name, user_path(data.path or "").resolve()
     if arguments.data:
         check_choice("--data", arguments.data, tuple(DATASETS))
         trained = DATASETS[data.name]
         data.mean, data.std = list(data.mean or trained.mean), list(data.std or trained.std)
-        data.name, data.limit, data.classes = arguments.data, None, None
+        data.name = arguments.data
     data.path, data.root = arguments.path or data.path, arguments.root or data.root
-    if arguments.path and data.name != "imagefolder":
-        raise UserError(f"--path is the folder of imagefolder; {data.name} takes --root")
+    _check_path(arguments.path, data.name)
+    if (data.name, user_path(data.path or "").resolve()) == own:
+        return
+    dropped = [f"data.{key}={data[key]}" for key in ("limit", "classes") if data[key] is not None]
+    data.limit = data.classes = None
+    if dropped and place()[0] == 0:
+        _say(f"hjepa: other pictures than those trained on, so all of them, not {', '.join(dropped)}")
+
+
+def _check_path(path: str | None, data: str) -> None:
+    if path and data != "imagefolder":
+        raise UserError(f"--path is the folder of imagefolder; {data} takes --root; nearest: --data imagefolder")
 
 
 def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
@@ -373,11 +407,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from .experiments.sweep import announcement, load_sweep, run_sweep
+    from .experiments.sweep import ComparisonError, announcement, load_sweep, run_sweep
 
     sweep, runs = load_sweep(arguments.file)
     print(announcement(sweep, runs), flush=True)
-    failed = run_sweep(arguments.file)
+    try:
+        failed = run_sweep(arguments.file)
+    except ComparisonError:
+        _show_sweep(Path(sweep.out))
+        raise
     _show_sweep(Path(sweep.out))
     print(f"{len(runs) - len(failed)} of {len(runs)} runs finished; results: {Path(sweep.out, 'results.json')}")
     if failed:

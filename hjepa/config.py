@@ -253,13 +253,15 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
 
 
 def _override(key: str, text: str, where: str) -> Any:
-    """The value in key=value: YAML, but of keys that hold text the text itself, without the rules for comments."""
+    """The value in key=value: YAML, but of keys that hold text the text itself, without the rules for comments, and
+    of a list of names each as it stands."""
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if key in TEXT and not quoted and text.lower() not in ("", "~", "null"):
         return text
     if not quoted and re.search(r"(^|\s)#", text):
         raise UserError(f"{where} holds a comment, '#...'; only files have comments")
-    return parse_yaml(text, where)
+    words = "words" in ALLOWED.get(key, ()) and text.lower() not in ("", "~", "null")
+    return parse_yaml(text, where, words=words)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -334,6 +336,8 @@ def _set(config: Config, key: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: {key}={value!r} holds '${{'; config values are never evaluated")
     if key in TEXT and not isinstance(value, str | None):
         raise UserError(f"{where}: {key}={value!r} has the wrong type: it is no text; write it in quotes")
+    if "words" in ALLOWED[key] and isinstance(value, list) and any(isinstance(word, int | float) for word in value):
+        raise UserError(f"{where}: {key}={value!r} has the wrong type: not all are text; write each in quotes")
     if key == "data.image_size" and isinstance(value, str | list):
         _refuse_size(value, f"{where}: {key}={value!r}")
     if key in NUMBERS and isinstance(value, str):

@@ -73,6 +73,13 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
+class _WordLoader(_Loader):
+    """Takes every scalar for a word."""
+
+
+_WordLoader.yaml_implicit_resolvers = {}
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes every word that the rules above, or those of other readers, take for something else."""
 
@@ -122,10 +129,10 @@ def read_yaml(path: str | Path) -> Any:
     return parse_yaml(text, str(path))
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """The values of YAML text; `where` says in errors what was read."""
+def parse_yaml(text: str, where: str, *, words: bool = False) -> Any:
+    """The values of YAML text, with `words` all of them text as it stands; `where` says in errors what was read."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_WordLoader if words else _Loader)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{where}: {error.problem}{line}") from None

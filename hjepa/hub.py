@@ -110,15 +110,17 @@ def export_encoder(
     `load_pretrained(OUT)` gives the encoder.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_run`; a push_to that is not user/name.
+        FileNotFoundError, ValueError: as `load_run`; a push_to that is not user/name; an `out` that is a run.
         ConnectionError: the hub cannot be reached or refuses; the local files are written by then.
     """
     if push_to is not None:
         _check_hub_name(push_to)
     if which not in WHICH:
         raise UserError(f"which={which!r} is not one of {', '.join(WHICH)}")
-    encoder, config, state = _load_run(user_path(run_dir), which)
     folder = Path(out)
+    if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
+        raise UserError(f"{folder} is a run; an export has a folder of its own; nearest: {folder / 'export'}")
+    encoder, config, state = _load_run(user_path(run_dir), which)
     folder.mkdir(parents=True, exist_ok=True)
     rotary = rotary_model(encoder, encoder.vit.state_dict()) if encoder.rope is not None else None
     write_weights(folder / WEIGHTS, timm_weights(encoder) if rotary is None else rotary[1])

@@ -52,6 +52,9 @@ def error_of(words, capsys, code=2):
         (["train", "x"], "override 'x' is not of the form key=value"),
         (["train", "--resume"], "--resume needs --run"),
         (["train", "--config", "nope.yaml"], "nope.yaml does not exist"),
+        (["train", "--speed", "5"], "--speed 5.0 goes with --dry-run"),
+        (["train", "--processes", "4", "--speed", "5"],
+         "--processes 4 goes with --dry-run; nearest: torchrun --nproc_per_node 4 -m hjepa train"),
         (["train", "train.stps=3"], "nearest: train.steps"),
         (["train", "data.name=imagefolder", "data.path=nowhere"], "nowhere"),
         (["evaluate"], "the following arguments are required: --run"),
@@ -138,11 +141,11 @@ def test_evaluate_takes_encoders_that_come_with_the_package_and_exports(run, tmp
     assert "openmoji-rope holds the target encoder alone" in line
 
 
-def copy_of(run, folder, **data):
-    """A run of the same weights whose config has other data settings."""
+def copy_of(run, folder, section="data", **settings):
+    """A run of the same weights whose config has other settings."""
     shutil.copytree(run, folder)
     config = load_config(run / "config.yaml")
-    config.data.update(data)
+    config[section].update(settings)
     save_config(config, folder / "config.yaml")
     return folder
 
@@ -177,6 +180,39 @@ def test_evaluate_reads_other_pictures_normalised_as_in_training(run, pictures, 
     assert all(data.mean == trained.mean and data.std == trained.std for data in seen)
     assert "nearest: stl10" in error_of([*words, "--data", "stl1"], capsys)
     assert "--path is the folder of imagefolder" in error_of([*words, "--path", pictures], capsys)
+
+
+def test_other_pictures_are_read_whole_and_the_runs_own_as_trained_on(run, pictures, tmp_path, capsys, monkeypatch):
+    """data.limit and data.classes are about the pictures trained on: another folder has other classes."""
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    for split in ("train", "test"):
+        (moved / split / "across").rename(moved / split / "aslant")
+    own = {"name": "imagefolder", "path": str(pictures), "limit": 8, "classes": ["down"]}
+    mine, seen = copy_of(run, tmp_path / "mine", **own), []
+    home, inner = hjepa.evaluate.transfer, hjepa.evaluate.transfer.resolution_transfer
+    monkeypatch.setattr(home, "resolution_transfer", lambda e, *s, **k: seen.append(s) or inner(e, *s, **k))
+    said = "hjepa: other pictures than those trained on, so all of them, not data.limit=8, data.classes=['down']"
+    monkeypatch.chdir(pictures)
+    for words, line in (
+        ([], ""),
+        (["--path", pictures], ""),
+        (["--data", "imagefolder", "--path", "."], ""),
+        (["--path", moved], said),
+        (["--data", "imagefolder", "--path", moved], said),
+        (["--data", "openmoji"], said),
+    ):
+        capsys.readouterr()
+        command = ["evaluate", "--run", mine, "--sizes", "64", "--out", tmp_path / "e.csv", *words]
+        assert main([str(word) for word in command]) == 0
+        said_now = [text for text in capsys.readouterr().err.splitlines() if text.startswith("hjepa:")]
+        assert said_now == ([line] if line else [])
+        train, test = seen.pop()
+        if not line:
+            assert train.classes == test.classes == ["down"] and len(train) == 8
+        elif train.name == "imagefolder":
+            assert train.classes == ["aslant", "down"] and (len(train), len(test)) == (18, 12)
+        else:
+            assert len(train.classes) > 2 and len(train) > 1000
 
 
 def test_pictures_of_one_class_train_and_are_read_without_labels(tmp_path, pictures, capsys):
@@ -220,6 +256,35 @@ def test_evaluate_that_was_stopped_goes_on_with_the_sizes_that_are_left(run, tmp
     assert {p.name for p in tmp_path.iterdir()} == {"whole.csv", "e.csv"}
 
 
+def test_a_run_named_like_a_baseline_is_refused(run, tmp_path, capsys):
+    """Its rows would be those of the baseline."""
+    for name in ("HOG", "raw pixels", "colour histogram", "random init"):
+        line = error_of(["evaluate", "--run", copy_of(run, tmp_path / name), "--sizes", "64"], capsys)
+        assert f"--run {name}: a baseline in the table has that name; rename the folder" in line
+    words = ["evaluate", "--run", copy_of(run, tmp_path / "chance"), "--sizes", "64", "--out", tmp_path / "e.csv"]
+    assert "--run chance: a baseline" in error_of([*words, "--dense"], capsys)
+    assert main([str(word) for word in words]) == 0
+    assert encoders_in(tmp_path / "e.csv") == ["chance", "random init", "raw pixels", "colour histogram", "HOG"]
+
+
+def test_runs_that_would_be_read_with_settings_of_the_first_are_refused(run, tmp_path, capsys):
+    words = ["evaluate", "--run", run, "--out", tmp_path / "e.csv"]
+    for key, value, first in (("knn_k", 3, 20), ("gallery", 30, 40), ("pool", "pyramid", "mean"), ("few", 9, None)):
+        other = copy_of(run, tmp_path / key, section="evaluate", **{key: value})
+        line = error_of([*words, "--run", other, "--sizes", "64"], capsys)
+        what = f"evaluate.{key}={value}, {run} with {first}; read them one by one"
+        assert f"--run {key} was trained with other evaluate settings: {what}" in line
+    words += ["--run", copy_of(run, tmp_path / "other", section="evaluate", sizes=[32])]
+    assert f"evaluate.sizes=[32], {run} with [64]; give --sizes" in error_of(words, capsys)
+    assert main([str(word) for word in [*words, "--sizes", "64"]]) == 0
+
+
+def test_a_table_cannot_be_a_folder(run, tmp_path, capsys):
+    line = error_of(["evaluate", "--run", run, "--sizes", "64", "--out", tmp_path], capsys)
+    assert f"--out {tmp_path} is a folder; nearest: {tmp_path / 'evaluation.csv'}" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_evaluate_says_what_is_wrong(run, capsys):
     assert "nearest: 32" in error_of(["evaluate", "--run", run, "--sizes", "33"], capsys)
     assert "'a' is not understood" in error_of(["evaluate", "--run", run, "--sizes", "32,a"], capsys)
@@ -240,6 +305,19 @@ def test_evaluate_names_the_run_that_does_not_take_a_strategy(run, tmp_path, cap
 def test_export_writes_timm_weights(run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert {"model.safetensors", "config.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_an_export_does_not_go_into_a_run_and_does_not_hide_it(run, tmp_path, capsys):
+    mine = copy_of(run, tmp_path / "mine")
+    files = sorted(mine.rglob("*"))
+    line = error_of(["export", run, mine], capsys)
+    assert f"{mine} is a run; an export has a folder of its own; nearest: {mine / 'export'}" in line
+    assert sorted(mine.rglob("*")) == files
+    assert main(["export", str(run), str(mine / "export")]) == 0
+    for file in (mine / "export").iterdir():  # as an export into a run once left them
+        shutil.copy(file, mine)
+    shutil.rmtree(next((mine / "checkpoints").iterdir()))
+    assert "has no checkpoint" in error_of(["evaluate", "--run", mine], capsys), "the run is read, not the export"
 
 
 def test_a_failed_training_is_one_line_and_exit_1(run, tmp_path, capsys):

@@ -58,6 +58,20 @@ def test_text_is_taken_as_it_stands_and_saved_as_text(tmp_path, text):
     assert load_config(tmp_path / "saved.yaml").data.path == text
 
 
+def test_names_of_classes_are_taken_as_they_stand(tmp_path):
+    """A class folder 008 is not 8, and one named `no` or 1e3 is no value of YAML."""
+    config = load_config(overrides=["data.classes=[008, 010, 1e3, true, null, '7', French horn]"])
+    assert config.data.classes == ["008", "010", "1e3", "true", "null", "7", "French horn"]
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert load_config(overrides=["data.classes=[a]", "data.classes=null"]).data.classes is None
+    for text in ("[008, a]", "[1e3]", "[true]"):
+        with pytest.raises(ValueError, match=r"some.yaml: data.classes=.* not all are text; write each in quotes"):
+            load_config(write(tmp_path, f"data: {{classes: {text}}}"))
+    with pytest.raises(ValueError, match="anchors and aliases are not read"):
+        load_config(overrides=["data.classes=[&a b, *a]"])
+
+
 @pytest.mark.parametrize("text", ["null", "Null", "~", ""])
 def test_nothing_is_written_as_in_yaml(text):
     assert load_config(overrides=["data.path=x", f"data.path={text}"]).data.path is None
@@ -160,7 +174,8 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
         ("model.in_chans=1", "pictures have three channels, grey ones are repeated"),
         ("data.in_chans=1", "pictures have three channels, grey ones are repeated"),
         ("data.train_scales=[1.0, 0]", "data.train_scales=0.0 must be above 0"),
-        ("data.classes=[{a: 1}]", "data.classes=[{'a': 1}] must be a list of names"),
+        ("data.classes=[{a: b}]", "data.classes=[{'a': 'b'}] must be a list of names"),
+        ("data.classes=a", "data.classes='a' has the wrong type"),
         ("data.crop_scale=[0.5, {a: 1}]", "data.crop_scale=[0.5, {'a': 1}] must be a list of numbers"),
         ("data.train_scales=[]", "data.train_scales=[] must name one scale or more"),
         ("model.num_heads=5", "model.embed_dim=96 is not divisible by model.num_heads=5"),

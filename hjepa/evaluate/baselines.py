@@ -21,6 +21,7 @@ from .readers import leave_one_out_knn
 from .transfer import EncoderLike, Pictures, Size, raw_pixels, resized, subset
 
 RGB = tuple[float, float, float]
+NAMES = ("raw pixels", "colour histogram", "HOG")  # of what `baselines` gives
 SIDES = (4, 8, 16, 32, 64)  # of thumbnails, pixels
 BINS, ORIENTATIONS, CELL = 6, 9, 8  # colour bins a channel; HOG's angles, and the side of its cells in pixels
 
@@ -35,7 +36,7 @@ class TrainPictures(Pictures, Protocol):
 def baselines(
     train: TrainPictures, train_size: Size, *, gallery: int | None = 1000, seed: int = 0
 ) -> dict[str, EncoderLike]:
-    """{"raw pixels", "colour histogram", "HOG"}: the readers that every result shows beside its encoders.
+    """Those of NAMES: the readers that every result shows beside its encoders.
 
     "raw pixels" are thumbnails of the side in SIDES that does best on training pictures (`best_side`). gallery: how
     many training pictures, drawn by seed, choose it (None: all).
@@ -43,7 +44,7 @@ def baselines(
     chosen = subset(len(train), gallery, seed)
     side = best_side(train.at_size(train_size, chosen), train.labels[chosen])
     given = train_size, train.mean, train.std
-    return {"raw pixels": raw_pixels(side), "colour histogram": colour_histogram(*given), "HOG": hog(*given)}
+    return dict(zip(NAMES, (raw_pixels(side), colour_histogram(*given), hog(*given)), strict=True))
 
 
 def best_side(images: Tensor, labels: Tensor, sides: Sequence[int] = SIDES) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..inputs import size_pair, size_text
+from ..inputs import UserError, check_choice, size_pair, size_text
 from .results import Row, paired
 
 Hits = Callable[[Row], np.ndarray | None]  # the hits [pictures] behind a row, if they were kept
@@ -31,7 +31,8 @@ def primary(rows: Sequence[Row], comparisons: Sequence[Mapping[str, Any]], hits:
     """One row per comparison: comparison, reader, size, mean, low, high (points, encoder a minus b; 95 %), seeds,
     interval ("seeds" or "seeds and pictures"), p (two-sided), p_holm (adjusted over all comparisons).
 
-    rows: of `resolution_transfer`, with seeds. ValueError if a comparison finds fewer than two seeds.
+    rows: of `resolution_transfer`, with seeds. ValueError if a comparison finds no such encoder, or fewer than two
+    seeds.
     """
     found = [_compare(rows, comparison, hits) for comparison in comparisons]
     adjusted = holm([row["p"] for row in found])
@@ -40,15 +41,18 @@ def primary(rows: Sequence[Row], comparisons: Sequence[Mapping[str, Any]], hits:
 
 def _compare(rows: Sequence[Row], asked: Mapping[str, Any], hits: Hits | None) -> Row:
     size, tags = size_pair(asked["size"]), {key: value for key, value in asked.items() if key not in NAMES}
+    known = tuple(dict.fromkeys(row["encoder"] for row in rows if "encoder" in row))
+    for key in ("a", "b"):
+        check_choice(f"comparison {asked['comparison']!r}: {key}", asked[key], known)
     kept = [
         row for row in rows
-        if row["encoder"] in (asked["a"], asked["b"]) and row["metric"] == asked["metric"]
+        if row.get("encoder") in (asked["a"], asked["b"]) and row["metric"] == asked["metric"]
         and size_pair(row["size"]) == size and all(row.get(key) == value for key, value in tags.items())
     ]  # fmt: skip
     pairs = paired(kept, asked["b"])
     if len(pairs) < 2:
         what = f"{asked['comparison']!r} ({asked['a']} against {asked['b']}, {asked['metric']} at {size_text(size)} px)"
-        raise ValueError(f"comparison {what} has {len(pairs)} paired seeds; it needs two or more")
+        raise UserError(f"comparison {what} has {len(pairs)} paired seeds; it needs two or more")
     single = [(hits(row), hits(other)) if hits else (None, None) for row, other in pairs]
     whole = all(a is not None and b is not None for a, b in single)
     values = [100 * (np.asarray(a, float) - np.asarray(b, float)) for a, b in single] if whole else [

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_whole
-from ..inputs import size_pair, size_text
+from ..inputs import UserError, size_pair, size_text
 
 Row = dict[str, Any]
 BASE = "absolute, resampled"  # the reader that gains are counted from
@@ -102,7 +102,7 @@ def _parse(key: str, text: str) -> Any:
 
 def sweep_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The rows of all runs of a results.json, each with its `setting`: what tells the run from others but the seed."""
-    names = _settings([entry["parameters"] for entry in results])
+    names = setting_names([entry["parameters"] for entry in results])
     rows = []
     for entry, setting in zip(results, names, strict=True):
         seed = {"seed": entry["parameters"]["seed"]} if "seed" in entry["parameters"] else {}
@@ -111,15 +111,15 @@ def sweep_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-def _settings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each run: its parameters that differ between runs, and of lists the items not in all of them."""
+def setting_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each run: its parameters that differ between runs, and where all are lists the items not in all."""
     first = runs[0] if runs else {}
     varied = [key for key in first if key != "seed" and any(run[key] != first[key] for run in runs)]
     names = []
     for run in runs:
         words = []
         for key in varied:
-            if isinstance(run[key], list):
+            if all(isinstance(other[key], list) for other in runs):
                 words += [str(item) for item in run[key] if any(item not in other[key] for other in runs)]
             else:
                 words.append(f"{key}={run[key]}")
@@ -149,7 +149,7 @@ def paired(rows: Sequence[Row], base: str) -> list[tuple[Row, Row]]:
     for row in rows:
         key = (row["encoder"], *_place(row))
         if key in places:
-            raise ValueError(f"{row['encoder']!r} stands twice for seed {key[3]}, {key[1]} at {size_text(key[2])}")
+            raise UserError(f"{row['encoder']!r} stands twice for seed {key[3]}, {key[1]} at {size_text(key[2])}")
         places[key] = row
     return [
         (row, places[base, *_place(row)])

@@ -205,7 +205,8 @@ def resolution_transfer(
     Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures, all placements of one
     together):
     probe, knn            fitted on `train` pictures at train_size
-    probe_few             fitted on `few` of those pictures, DRAWS times; a picture counts by its share of hits
+    probe_few             fitted on `few` of those pictures, two classes or more among them, DRAWS times; a picture
+                          counts by its share of hits
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
     retrieval, cka        against the same test pictures at train_size
     effective_rank, feature_std
@@ -216,7 +217,7 @@ def resolution_transfer(
     read again, nor are their hits given; train_size is, where another is left, since readers are fitted there.
     tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
     pictures were read rightly: bool [n], of probe_few float. ValueError, before any work, on a size that
-    is no multiple of an encoder's patch.
+    is no multiple of an encoder's patch, or on `few` that are fewer than two or more than the gallery.
 
     Where torch.distributed is initialised all processes must call this, with the same arguments. Each encodes a share
     of the batches; the first process reads them, alone uses `kept` (what the others hand in is not looked at) and
@@ -236,7 +237,11 @@ def resolution_transfer(
     same = _same_picture(test, test_index)
     k = min(knn_k, len(train_index))
     fitted: dict[str, tuple[Any, Tensor, Tensor]] = {}  # name -> probe, train and test features
-    draws = [subset(len(train_index), few, seed + draw) for draw in range(DRAWS if few and labelled else 0)]
+    if labelled and few is not None and not 2 <= few <= len(train_index):
+        most = len(train_index)
+        raise UserError(f"few={few} pictures (evaluate.few of a config): a gallery of {most} allows 2 to {most}")
+    labels = train.labels[train_index]
+    draws = [_few_of(labels, few, seed + draw) for draw in range(DRAWS)] if few and labelled else []
     on_few: dict[str, list[Probe]] = {}
     kept = {} if kept is None else kept
     left = [size for size in asked if size_text(size) not in kept]
@@ -288,6 +293,16 @@ def subset(total: int, count: int | None, seed: int) -> Tensor:
     if count is None or count >= total:
         return torch.arange(total)
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def _few_of(labels: Tensor, count: int, seed: int) -> Tensor:
+    """As `subset`, of pictures with labels [N]; where all drawn are of one class, the next of another takes the place
+    of the last."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    drawn, others = order[:count], order[labels[order] != labels[order[0]]]
+    if len(labels[drawn].unique()) == 1:
+        drawn = torch.cat([drawn[:-1], others[:1]])
+    return drawn.sort().values
 
 
 def _same_picture(data: Pictures, index: Tensor) -> Tensor | None:

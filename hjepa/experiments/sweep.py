@@ -43,9 +43,9 @@ from typing import Any, get_origin
 
 from tqdm import tqdm
 
-from ..evaluate.results import rows_to_csv, sweep_csv, sweep_rows
+from ..evaluate.results import rows_to_csv, setting_names, sweep_csv, sweep_rows
 from ..files import hold, is_held, json_text, read_json, read_yaml, user_path, write_whole
-from ..inputs import UserError, nearest, size_pair
+from ..inputs import UserError, check_choice, nearest, size_pair
 from ..pretrained import list_pretrained
 from ..versions import differences, versions
 from .notebooks import NotebookError, check_parameters, execute, find_parameters, notebook_digest
@@ -59,6 +59,10 @@ PATHS = ("path", "root", "data_path", "data_root", "data.path", "data.root", "tr
 LATE_FILES = 15  # seconds that files of a Slurm job may take to appear here
 GRACE = 300  # seconds between SIGTERM and the end of a job that is preempted, at most
 TERMINATED = threading.Event()  # this job got SIGTERM
+
+
+class ComparisonError(UserError):
+    """A comparison that the rows of finished runs cannot answer; all other results are written."""
 
 
 @dataclass
@@ -122,6 +126,7 @@ def load_sweep(path: str | Path) -> tuple[Sweep, list[Run]]:
     runs = [_run(sweep, fixed, varied, made_by) for varied in combinations]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError(f"{path}: the grid names the same run twice; look for a doubled value")
+    _check_settings(sweep, runs, str(path))
     return sweep, runs
 
 
@@ -176,15 +181,31 @@ def _check(sweep: Sweep, path: Path) -> None:
 def _check_primary(sweep: Sweep, path: Path) -> None:
     if not sweep.primary:
         return
-    from ..evaluate.primary import NAMES  # brings torch, which a mistake in the file need not wait for
+    from ..evaluate.plots import METRICS  # these bring torch, which a mistake in the file need not wait for
+    from ..evaluate.primary import NAMES
 
     for asked in sweep.primary:
         missing = [name for name in NAMES if not (isinstance(asked, dict) and name in asked)]
         if missing:
             raise UserError(f"{path}: primary comparison {asked!r} lacks {', '.join(missing)}")
         size_pair(asked["size"])
+        for word, known in [(asked["metric"], tuple(METRICS)), *((key, (*NAMES, "setting")) for key in asked)]:
+            if word not in known and (near := nearest(word, known)):  # other metrics and tags are a notebook's own
+                raise UserError(f"{path}: primary comparison {asked['comparison']!r}: {word!r}; nearest: {near}")
     if len(sweep.seeds) < 2:
         raise UserError(f"{path}: primary comparisons need two seeds or more, not seeds={sweep.seeds!r}")
+
+
+def _check_settings(sweep: Sweep, runs: list[Run], where: str) -> None:
+    """The `setting` of each primary comparison is one of the sweep's, and given where there are several."""
+    if not sweep.primary:
+        return
+    from ..evaluate.primary import NAMES
+
+    settings = tuple(dict.fromkeys(setting_names([run.parameters for run in runs])))
+    for asked in sweep.primary:
+        if "setting" in asked or (len(settings) > 1 and len(asked) == len(NAMES)):
+            check_choice(f"{where}: comparison {asked['comparison']!r}: setting", asked.get("setting"), settings)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -281,6 +302,7 @@ def run_sweep(path: str | Path, *, progress: bool = True) -> list[Run]:
 
     Raises:
         ValueError: as `load_sweep`, or another process runs this sweep, or there is no Slurm here.
+        ComparisonError: a comparison without rows, once all else is gathered.
     """
     sweep, runs = load_sweep(path)
     with hold(sweep.out):
@@ -408,5 +430,8 @@ def gather(runs: list[Run], out: Path, comparisons: Sequence[Mapping[str, Any]] 
     if comparisons and all(run.finished for run in runs):
         from ..evaluate.primary import primary, saved_hits
 
-        found = primary(rows, comparisons, lambda row: saved_hits(row, out / row["run"] / "hits.npz"))
+        try:
+            found = primary(rows, comparisons, lambda row: saved_hits(row, out / row["run"] / "hits.npz"))
+        except UserError as error:
+            raise ComparisonError(f"primary.csv: {error}") from error
         rows_to_csv(found, out / "primary.csv")

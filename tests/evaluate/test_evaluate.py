@@ -11,6 +11,7 @@ from torch import nn
 from hjepa.evaluate.readers import linear_probe
 from hjepa.evaluate.transfer import (
     DRAWS,
+    _few_of,
     _narrow,
     device_named,
     effective_rank,
@@ -144,6 +145,30 @@ def test_a_probe_of_few_pictures_is_the_mean_of_probes_fitted_on_seeded_draws_of
     assert hits["e", (16, 16), "probe_few"].numpy() == pytest.approx(np.mean(right, axis=0))
     assert _value(rows, metric="probe_few", size=(16, 16)) == pytest.approx(np.mean(right))
     assert np.unique(np.sum(right, axis=1)).size > 1, "draws that read differently"
+
+
+@pytest.mark.parametrize("encoder", [PatchMeans(), raw_pixels(32)], ids=["narrow", "reduced first"])
+def test_few_pictures_are_of_two_classes_or_more(encoder):
+    """Of 40 pictures 10 are of the other class: most pairs hold one class alone, and get one picture of the other."""
+    data, asked = Colours(40, 0), Colours(60, 1)
+    data.labels = (torch.arange(40) >= 30).long()
+    pairs = [torch.randperm(40, generator=torch.Generator().manual_seed(draw))[:2] for draw in range(DRAWS)]
+    drawn = [_few_of(data.labels, 2, draw) for draw in range(DRAWS)]
+    kept = [len(data.labels[pair].unique()) == 2 for pair in pairs]
+    assert any(kept) and not all(kept)
+    for pair, own, same in zip(pairs, drawn, kept, strict=True):
+        assert len(own.unique()) == 2 == len(data.labels[own].unique()) and pair[0] in own
+        assert torch.equal(own, pair.sort().values) is same
+    rows = resolution_transfer({"e": encoder}, data, asked, train_size=8, sizes=[], few=2, refit=False)
+    assert 0 < _value(rows, metric="probe_few") <= 1
+
+
+@pytest.mark.parametrize("few", [1, 61])
+def test_few_pictures_are_two_or_more_of_the_gallery(few):
+    data = Colours(80, 0)
+    with pytest.raises(UserError, match=rf"few={few} pictures .*: a gallery of 60 allows 2 to 60"):
+        resolution_transfer({"e": PatchMeans()}, data, data, train_size=8, sizes=[], gallery=60, few=few)
+    assert data.asked == []
 
 
 class Movable(PatchMeans):

@@ -113,6 +113,8 @@ def test_saved_hits_come_back_for_their_own_row_and_for_no_other(tmp_path):
 def test_comparisons_without_two_seeds_and_rows_that_stand_twice_are_refused():
     with pytest.raises(ValueError, match=r"'x' \(rope, interpolated against .* has 1 paired seeds"):
         primary(_rows([1]), [_asked("x")])
+    with pytest.raises(ValueError, match="comparison 'x': b='absolute, resampled' is not one of rope, interpolated;"):
+        primary([row for row in _rows([1, 2]) if row["encoder"] == A], [_asked("x")])
     with pytest.raises(ValueError, match="stands twice for seed 0"):
         paired(_rows([1, 2]) + _rows([1]), B)
 

@@ -252,6 +252,12 @@ def test_a_setting_is_named_by_what_differs_between_runs_but_the_seed():
     assert found == [(name, seed) for name in names for seed in (0, 1)]
 
 
+def test_a_parameter_that_is_a_list_in_some_runs_alone_is_named_by_its_value():
+    given = (None, [32], [8, 16])
+    results = [{"run": "r", "parameters": {"sizes": sizes}, "metrics": {"rows": [{}]}} for sizes in given]
+    assert [row["setting"] for row in sweep_rows(results)] == ["sizes=None", "sizes=[32]", "sizes=[8, 16]"]
+
+
 def measured(value, seed, size, home=32):
     """Rows of one encoder at one size: a probe, and the CKA that marks the training size."""
     same = {"encoder": "rope", "size": size, "seed": seed, "low": 0.0, "high": 1.0, "n": 10, "setting": "recipe"}
@@ -387,12 +393,40 @@ def test_comparisons_of_the_file_are_written_once_all_runs_are_there(tmp_path):
         ("seeds: [0, 1]\nprimary: [{a: x}]", "lacks comparison, b, metric, size"),
         ("seeds: [0]\nprimary: [{comparison: c, a: a, b: b, metric: knn, size: 32}]", "two seeds or more"),
         ("seeds: [0, 1]\nprimary: [{comparison: c, a: a, b: b, metric: knn, size: big}]", "big"),
+        (PRIMARY.replace("knn", "knnn"), "comparison 'fine': 'knnn'; nearest: knn"),
+        (PRIMARY.replace("setting:", "settings:"), "comparison 'fine': 'settings'; nearest: setting"),
+        (PRIMARY.replace("mode=fine", "mode=fin"), "'mode=fin' is not one of mode=fine, mode=other; nearest: mode="),
+        (PRIMARY.replace(", setting: mode=fine", ""), "'fine': setting=None is not one of mode=fine, mode=other"),
         ("minutes_per_run: -1", "minutes_per_run=-1 must be a number of minutes"),
     ],
 )
 def test_comparisons_that_cannot_be_made_are_refused_before_anything_runs(tmp_path, text, reason):
     with pytest.raises(ValueError, match=reason):
         load_sweep(write(make_folder(tmp_path), text))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (("b: b", "b: c"), "primary.csv: comparison 'fine': b='c' is not one of a, b; nearest: none"),
+        (("knn", "accuracy"), "primary.csv: comparison 'fine' (a against b, accuracy at 32 px) has 0 paired seeds"),
+        (("setting: mode=fine", "data: x"), "has 0 paired seeds"),
+    ],
+)
+def test_a_comparison_without_rows_is_a_line_after_summary_and_figure(tmp_path, capsys, wrong, reason):
+    """Names of encoders, and metrics and tags of a notebook's own, are known only from the rows."""
+    path = write(make_folder(tmp_path), PRIMARY.replace(*wrong))
+    for run in finished_runs(path):
+        cka = {"encoder": "a", "size": [32, 32], "metric": "cka", "value": 1.0, "low": 1.0, "high": 1.0, "n": 10}
+        rows = read_json(run.folder / "metrics.json")["rows"]
+        rows = [cka, *(row | {"low": 0.0, "high": 1.0, "n": 10, "metric": m} for row in rows for m in ("knn", "probe"))]
+        (run.folder / "metrics.json").write_text(json.dumps({"rows": rows}))
+    assert main(["sweep", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert f"hjepa: error: {reason}" in err if reason.startswith("primary") else reason in err
+    assert "## mode=fine" in out
+    assert {"results.json", "table.csv", "summary.md", "figure.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out" / "primary.csv").exists()
 
 
 def test_a_sweep_says_cells_and_minutes_before_it_starts(tmp_path):
