@@ -441,6 +441,9 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if (values["loss.regularizer"] == "none") != (values["loss.regularizer_weight"] == 0):
         pair = f"loss.regularizer={values['loss.regularizer']} and loss.regularizer_weight"
         raise UserError(f"{pair}={values['loss.regularizer_weight']} do nothing: set both, such as variance and 0.3")
+    few, gallery = values["evaluate.few"], values["evaluate.gallery"]
+    if few is not None and few > gallery:
+        raise UserError(f"evaluate.few={few} pictures are more than evaluate.gallery={gallery}")
     if values["train.ema_end"] < values["train.ema_start"]:
         start = f"train.ema_start={values['train.ema_start']}"
         raise UserError(f"train.ema_end={values['train.ema_end']} must not be below {start}")
