@@ -21,7 +21,7 @@ def test_schemes_of_a_recipe_differ_in_positions_only(pictures):
     found = scheme_configs(None, list(SCHEMES), [*TINY, f"data.path={pictures}"])
     assert {name: (c.model.rope.use_rope, c.model.use_absolute) for name, c in found.items()} == {
         "rope": (True, False), "absolute": (False, True), "hybrid": (True, True), "none": (False, False),
-        "mixed": (True, False), "hybrid_mixed": (True, True),
+        "mixed": (True, False), "hybrid_mixed": (True, True), "sincos": (False, True),
     }  # fmt: skip
     for config in found.values():
         assert config.train == found["rope"].train and config.data == found["rope"].data
