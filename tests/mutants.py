@@ -98,8 +98,6 @@ MUTANTS = [
     Mutant("index: a damaged one trusted", "data/index", "!= zlib.crc32(raw[8:].data)", "== -1", "index"),
     Mutant("index: nested folders not watched", "data/folder", "stamps.setdefault(str(folder / below),", "below or stamps.setdefault(str(folder / below),", "index"),
     Mutant("index: validation pictures among the first", "data/index", 'order = np.argsort(held, kind="stable")', "order = np.arange(len(held))", "index"),
-    Mutant("weights of other positions taken over", "train/loop", "check_positions(model.target_encoder, build_encoders(saved)[1])", "None", "train"),
-    Mutant("parts of a batch free under views", "train/log", 'and config.objective in ("masks", "labels")', "", "train"),
     Mutant("masks of the wrong rows", "train/feed", "masks.rows(rows, views)", "masks.rows(slice(0, len(keys)), views)", "index"),
     # pooling, predictor, loss
     Mutant("pooling on the transposed grid", "nn/hjepa", "patches.unflatten(1, grid_size)", "patches.unflatten(1, grid_size[::-1])", "model"),
