@@ -205,8 +205,7 @@ def resolution_transfer(
     Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures, all placements of one
     together):
     probe, knn            fitted on `train` pictures at train_size
-    probe_few             fitted on `few` of those pictures, two classes or more among them, DRAWS times; a picture
-                          counts by its share of hits
+    probe_few             fitted on `few` of those, of two classes or more, DRAWS times; a picture counts by its share
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
     retrieval, cka        against the same test pictures at train_size
     effective_rank, feature_std
