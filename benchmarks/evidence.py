@@ -40,7 +40,7 @@ from hjepa.inputs import UserError, size_pair, size_text
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "photographs.yaml"
 SCHEMES = ("rope", "absolute")
 A, B, CODE = "rope, interpolated", "absolute, resampled", "sincos, resampled"
-NAMED = {A: "rotation", B: "embedding", CODE: "code", "none": "none"}  # in secondary.csv
+NAMED = {A: "rotation", CODE: "code", B: "embedding", "none": "none"}  # in secondary.csv, each less the later ones
 BESIDE = {"control": "none", "sincos": CODE}  # folder inside a folder of readings -> the scheme read there
 SIZES, HOME, METRICS = (32, 64, 128), 64, ("knn", "probe")  # pixels; half, the training size and twice
 SHAPE = (
@@ -181,8 +181,8 @@ def found_in(pairs: dict[str, list[Pair]], opponent: str = B) -> list[Row]:
 
 def secondary(pairs: dict[str, list[Pair]]) -> list[Row]:
     """Differences that were not among the sixteen, with 95 % intervals over seeds and pictures and no correction:
-    between rotation, embedding, code and none at every size, and by how much rotation's over the first two is larger
-    at another size than at the training size."""
+    between rotation, embedding, code and none at every size, and by how much rotation's over embedding and code is
+    larger at another size than at the training size."""
     schemes = [encoder for encoder in NAMED if encoder in pairs]
     seeds = {encoder: {row["seed"] for row, _ in pairs[encoder]} for encoder in schemes}
     hits = {(r["cell"], r["encoder"], r["size"], r["metric"], r["seed"]): np.asarray(hit, float)
@@ -195,8 +195,6 @@ def secondary(pairs: dict[str, list[Pair]]) -> list[Row]:
     found = []
     for cell, metric, size in ((c, m, s) for c in CELLS for m in METRICS for s in SIZES):
         for a, b in ((a, b) for i, a in enumerate(schemes) for b in schemes[i + 1 :]):
-            if b == CODE and a == B:
-                a, b = CODE, B
             name, each = f"{NAMED[a]} - {NAMED[b]}", over(cell, metric, size, a, b)
             if len(each) < 2:  # a control of one seed has no interval
                 continue
@@ -257,7 +255,7 @@ def main(words: list[str] | None = None) -> int:
                 found = found_in(pairs, opponent)
                 rows_to_csv(found, place / "primary.csv")
                 (place / "summary.md").write_text(summary(found, NAMED[opponent]), encoding="utf-8")
-        cells_figure(rows, 64).savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
+        cells_figure(rows, HOME).savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
     return 0
 
 

@@ -299,7 +299,7 @@ def _encoder_of(folder: Path, which: str) -> tuple[Any, Any]:
     from . import hub
     from .config import config_of
 
-    if (folder / "checkpoints").is_dir() or not (folder / hub.CONFIG).is_file():
+    if not hub.is_export(folder):
         return hub.load_run(folder, which)
     encoder, about = hub.load_pretrained(folder)
     if about["hjepa"]["which"] != which:

@@ -59,6 +59,11 @@ WHICH = ("target", "context")
 Encoder = ContextEncoder | TargetEncoder
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds an export; one that holds checkpoints too is a run."""
+    return (folder / CONFIG).is_file() and not (folder / "checkpoints").is_dir()
+
+
 def load_run(run_dir: str | Path, which: str = "target") -> tuple[Encoder, Config]:
     """The encoder of a run's newest whole checkpoint, in eval mode, and the run's config.
 

@@ -80,7 +80,7 @@ def readers(configs: Mapping[str, Config], folder: str | Path, strategies: Seque
     for name in configs:
         encoder = load_run(Path(folder) / name)[0]
         if not encoder.strategies:
-            found[f"{name}, resampled" if name in ("absolute", "sincos") else name] = encoder
+            found[f"{name}, resampled" if encoder.use_absolute else name] = encoder
             continue
         for strategy in [s for s in strategies if s in encoder.strategies] or encoder.strategies[:1]:
             found[f"{name}, {READ_AS.get(strategy, strategy)}"] = with_strategy(encoder, strategy)

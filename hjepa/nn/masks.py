@@ -43,10 +43,11 @@ class Masks:
 
     def rows(self, rows: slice, views: int = 1) -> "Masks":
         """The masks of some samples; of some pictures, where the samples are `views` views of each, view by view."""
-        context, *targets = (
-            t.unflatten(0, (views, -1))[:, rows].flatten(0, 1) for t in (self.context_idx, *self.target_idx)
-        )
-        return Masks(context, tuple(targets))
+        return self.pick(_samples(len(self.context_idx), rows, views))
+
+    def pick(self, samples: Tensor) -> "Masks":
+        """The masks of some samples, by their numbers `[n]`."""
+        return Masks(self.context_idx[samples], tuple(t[samples] for t in self.target_idx))
 
     @staticmethod
     def cat(parts: "Sequence[Masks]") -> "Masks":
@@ -74,6 +75,11 @@ def sample_kept(
     patches = grid_size[0] * grid_size[1]
     order = torch.rand(batch_size, patches, generator=generator).argsort(dim=1)
     return Masks(order[:, : max(1, round(share * patches))].sort(dim=1).values, ())
+
+
+def _samples(count: int, rows: slice, views: int) -> Tensor:
+    """Numbers of the samples of some pictures, of which there are `views` each, view by view: `[n]`, ascending."""
+    return torch.arange(count).unflatten(0, (views, -1))[:, rows].flatten()
 
 
 def level_grid(grid_size: tuple[int, int], level: int) -> tuple[int, int]:
@@ -148,10 +154,8 @@ class MaskShapes:
             raise ValueError(_starved(grid_size, self.target_scale, self.context_scale))
         kept = kept.sort().values
         masks, _ = self._chosen(context[kept], hidden[kept], generator, [None] * (1 + self.levels))
-        self.shape, self.counts = (
-            (scale, aspect, share),
-            tuple(t.shape[1] for t in (masks.context_idx, *masks.target_idx)),
-        )
+        self.shape = scale, aspect, share
+        self.counts = tuple(index.shape[1] for index in (masks.context_idx, *masks.target_idx))
         return masks
 
     def more(self, samples: int, grid_size: tuple[int, int], generator: torch.Generator | None) -> Masks:
@@ -165,7 +169,7 @@ class MaskShapes:
             masks, enough = self._chosen(context, hidden, generator, list(self.counts))
             order = context.flatten(1).sum(1).masked_fill(~enough, -1).argsort(descending=True, stable=True)
             kept = order[: min(missing, int(enough.sum()))].sort().values
-            found.append(Masks(masks.context_idx[kept], tuple(t[kept] for t in masks.target_idx)))
+            found.append(masks.pick(kept))
             missing -= len(kept)
             if not missing:
                 return Masks.cat(found)
@@ -209,12 +213,9 @@ class BatchMasks:
 
     def rows(self, rows: slice, views: int = 1) -> Masks:
         """`Masks.rows` of the whole batch."""
-        samples = torch.arange(self.batch_size).unflatten(0, (views, -1))[:, rows].flatten()
-        parts = []
-        for block in (samples // BLOCK).unique().tolist():
-            inside, drawn = samples[samples // BLOCK == block] % BLOCK, self._block(block)
-            parts.append(Masks(drawn.context_idx[inside], tuple(t[inside] for t in drawn.target_idx)))
-        return Masks.cat(parts)
+        samples = _samples(self.batch_size, rows, views)
+        block_of = samples // BLOCK
+        return Masks.cat([self._block(b).pick(samples[block_of == b] % BLOCK) for b in block_of.unique().tolist()])
 
     def _block(self, block: int) -> Masks:
         if block not in self.blocks:

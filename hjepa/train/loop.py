@@ -54,7 +54,7 @@ from .checkpoint import (
     read_state,
     save_checkpoint,
     write_json,
-)  # fmt: skip
+)
 from .feed import Feed
 from .log import RunLog, check_run_dir, log_columns, note_versions, summary
 from .optimizer import build_optimizer
@@ -417,7 +417,7 @@ def _start_from(name: str, model: HJEPA) -> None:
     """Set the weights that train.init_from names: a checkpoint's or a run's, or those of an encoder alone, one that
     comes with the package or an export, in both encoders."""
     folder = folder_of(name)
-    if (folder / "config.yaml").is_file() or not (folder / hub.CONFIG).is_file():
+    if not hub.is_export(folder):
         found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
         if found is None:
             what = f"neither a run with checkpoints nor a checkpoint, nor one of {', '.join(list_pretrained())}"

@@ -242,7 +242,7 @@ def test_a_model_cut_over_two_processes_equals_a_whole_one(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_blocks_of_a_cut_model_train_as_eager_ones_of_a_whole_one(tiny, tmp_path):
-    """Two image sizes, the views' two more: a graph for each shape of tokens and block, no more."""
+    """Two image sizes, the views' two more. Blocks are traced, and as many graphs as may be kept are enough."""
     words = ("objective=views", *ROPE, "views.small=2", "data.train_scales=[1.0, 2.0]", "train.steps=4")
     train(tiny(*words), tmp_path / "whole", progress=False)
     (tmp_path / "one").mkdir()
