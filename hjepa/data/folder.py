@@ -4,6 +4,7 @@ Every mode that Pillow opens becomes three 8-bit channels: grey is repeated, a p
 transparent parts show white, 16 bits are scaled to 8 (65535 is white), the rotation noted by a camera (EXIF)
 is applied, and an animation gives its first frame. Float pixels have no fixed range and are refused.
 
+A file that cannot be read is an error that names it, or with on_corrupt "skip" is left out (`hjepa.data.images`).
 Not covered: colour profiles (pixels are taken as sRGB), video, labels from anything but the folder's name.
 """
 

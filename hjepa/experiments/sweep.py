@@ -18,6 +18,9 @@ there, {"rows": [...]}, and may write hits.npz (`hjepa.evaluate.primary.save_hit
 in run.json and is never run again. One that was stopped is run again in the same folder, so a notebook that trains
 should resume there. A run that fails leaves error.txt and holds up nobody.
 
+A sweep that chooses reads validation pictures: `split: validation`, a parameter of its notebook, which is what
+notebooks/one_run.ipynb takes where none is named. `split: test` is for sweeps from which nothing is chosen.
+
 Runs outlive a sweep that is killed. Each holds its folder's lock, so the next sweep waits for it instead of doubling
 it; results pass through files only, nothing is unpickled. A job that Slurm preempts is requeued and goes on as one that
 was stopped, and so is one that reaches timeout_min under Slurm, three times at most (submitit's default).
