@@ -7,7 +7,8 @@
 
 Nothing has been measured with it yet: no GPU was at hand. That it runs is tested on a CPU, with --smoke.
 
-    rotation   attention layer and encoder, RoPE on against off, float32 and bfloat16, forward and backward
+    rotation   attention layer and encoder, RoPE on against off, float32 and bfloat16 (there also without the kernel of
+               hjepa/nn/fused.py), forward and backward
     step       a whole training step in bfloat16, RoPE on against off, with pictures per second and peak memory
     compile    the encoder under torch.compile against eager, the seconds that compiling takes, at two image sizes
     fsdp       a step with every block cut over the processes against the uncut model, and the peak memory of each
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +38,7 @@ from benchmarks.timing import compare, value
 from hjepa.build import build_model, draw_masks
 from hjepa.config import Config, load_config
 from hjepa.files import write_whole
+from hjepa.nn import fused
 from hjepa.nn.attention import RoPEAttentionWrapper
 from hjepa.nn.encoders import create_encoder
 from hjepa.nn.rope import VisionRoPE2D
@@ -154,7 +157,17 @@ def rotation(bench: Bench) -> Iterator[Entry]:
     for dtype in (torch.float32, torch.bfloat16):
         for what, modules, x in (("attention layer", layers, tokens), ("encoder", encoders, images)):
             calls = {k: bench.forward_backward(m.to(bench.device), x, dtype) for k, m in modules.items()}
+            if dtype == torch.bfloat16:
+                calls["on, not fused"] = _unfused(calls["on"])
             yield bench.compare("rotation", f"{what}, {str(dtype)[6:]}, forward + backward", calls)
+
+
+def _unfused(call: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        with mock.patch.object(fused, "usable", return_value=False):
+            call()
+
+    return run
 
 
 def step(bench: Bench) -> Iterator[Entry]:

@@ -6,6 +6,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     versions                              what made a result, for its record
     nn.checks                             what callers hand to the layers, refused by name
     nn.masks                              patch grid -> context_idx, target_idx per level
+    nn.fused                              the rotation in half precision, one kernel on a GPU
     nn.frequencies nn.rotation nn.rope    positions -> frequencies -> rotation table
     nn.alibi                              its competitor: scores biased by distance
     nn.attention nn.vit nn.encoders       timm attention rotated; ContextEncoder, TargetEncoder

@@ -67,6 +67,8 @@ MUTANTS = [
     Mutant("learned theta taken for a constant", "nn/rope", "self.log_theta[which].float()", "self.log_theta[which].detach().float()", "rope_module"),
     Mutant("gradient turned the wrong way", "nn/rotation", "torch.view_as_complex(table).conj()", "torch.view_as_complex(table)", "attention_module"),
     Mutant("second derivative turned the wrong way", "nn/rotation", "[1.0, -1.0]", "[1.0, 1.0]", "attention_module"),
+    Mutant("gradient in half precision turned the wrong way", "nn/fused", "-1.0 if back else 1.0", "1.0", "fused"),
+    Mutant("a kernel that is wrong is used", "nn/fused", "if error <= 2 * torch", "if error <= 2e9 * torch", "fused"),
     Mutant("hooks see rotated values", "nn/attention", "not _hooked(linear) and ", "", "attention_module"),
     Mutant("attention mask ignored", "nn/attention", "attn_mask=attn_mask, dropout_p", "attn_mask=None, dropout_p", "attention"),
     # encoders

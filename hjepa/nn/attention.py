@@ -30,9 +30,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from .rope import VisionRoPE2D
-from .rotation import rotate_behind_prefix, rotated_heads, split_heads, traced
+from .rotation import HALF, rotate_behind_prefix, rotated_heads, serves, split_heads, traced
 
-HALF = (torch.bfloat16, torch.float16)
 SHORT = 128  # tokens up to which plain products in bfloat16 are the faster form in training on a CPU
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,13 +99,11 @@ def heads(
 
 
 def _is_ours(linear: nn.Module, qkv: Tensor) -> bool:
-    """Whether `qkv` may be overwritten: not half, made this instant by a plain Linear, seen by no hook or compiler."""
-    if traced() or qkv.dtype in HALF or qkv.device.type not in ("cpu", "cuda"):
-        return False
-    if torch._C._are_functorch_transforms_active():
+    """Whether `qkv` may be overwritten: made this instant by a plain Linear, seen by no hook or compiler."""
+    if traced() or torch._C._are_functorch_transforms_active():
         return False
     plain = type(linear) is nn.Linear and "forward" not in linear.__dict__
-    return plain and not _hooked(linear) and qkv.is_contiguous()
+    return plain and not _hooked(linear) and qkv.is_contiguous() and serves(qkv)
 
 
 def _hooked(module: nn.Module) -> bool:

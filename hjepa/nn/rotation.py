@@ -16,14 +16,21 @@ has to put together from three parts anyway: there the rotation rides along for 
 Overwriting is allowed only where nobody else holds the buffer; `attention.py` decides that, and otherwise uses
 `rotate`, which is out of place. Compilers fuse the real form of `rotate` and know no complex numbers, so they get that.
 
+There is no complex bfloat16. In half precision `fused.py` does the same in one kernel on a CUDA device; elsewhere
+`rotate` widens and narrows (`attention.py` keeps q and k in float32 on a CPU).
+
 Not covered: positions and tables (`rope.py`).
 """
 
+import os
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def traced() -> bool:
@@ -34,6 +41,19 @@ def traced() -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """No narrowing inside; devices that cannot autocast (meta) are left alone."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether `rotate_qkv_` takes tensors of this dtype and device: half precision only where there is a kernel."""
+    if x.dtype not in HALF:
+        return x.device.type in ("cpu", "cuda")
+    return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _fused().usable(x)
+
+
+def _fused() -> ModuleType:
+    from . import fused  # importing Triton takes a while
+
+    return fused
 
 
 def as_complex(x: Tensor) -> Tensor:
@@ -68,7 +88,7 @@ def rotate_qkv_(qkv: Tensor, table: Tensor, prefix: int = 0) -> Tensor:
     """Rotate q and k inside `qkv`, in place, and return it.
 
     Args:
-        qkv: `[B, prefix + N, 3 * heads * D]` float32 or float64, contiguous, held by nobody else.
+        qkv: `[B, prefix + N, 3 * heads * D]`, contiguous, held by nobody else, of a dtype and device that `serves`.
         table: `[1 or B, N, heads or 1, D / 2, 2]` float32 (cosine, sine).
         prefix: number of leading tokens left alone.
 
@@ -77,6 +97,8 @@ def rotate_qkv_(qkv: Tensor, table: Tensor, prefix: int = 0) -> Tensor:
     """
     if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
         raise ValueError("rotate_qkv_ overwrites its input behind autograd's back: with gradients use rotated_heads")
+    if qkv.dtype in HALF:
+        return _fused().turn_(qkv, table, prefix)
     pairs = table.shape[-2]
     width = qkv.shape[-1] // 3
     rows = qkv[:, prefix:, : 2 * width].unflatten(-1, (2, width // (2 * pairs), pairs, 2))
@@ -117,6 +139,9 @@ class _RotatedHeads(torch.autograd.Function):
             back = (table * table.new_tensor([1.0, -1.0])).transpose(1, 2)
             turned = [rotate_behind_prefix(grad, back, prefix).transpose(1, 2) for grad in grads[:2]]
             return torch.stack((*turned, v), dim=2).flatten(2), None, None
+        if out.dtype in HALF:
+            torch.stack((q, k, v), dim=2, out=out)
+            return _fused().turn_(out.flatten(2), table, prefix, back=True), None, None
         back = torch.view_as_complex(table).conj()
         for part, grad in enumerate((q, k)):
             torch.mul(as_complex(grad[:, prefix:]), back, out=as_complex(out[:, prefix:, part]))
