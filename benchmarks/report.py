@@ -73,7 +73,8 @@ def conditions(results: Results) -> str:
         f"in float32 and {env['gflops_bfloat16']:.0f} in bfloat16 on one thread; {env['system']}, Python "
         f"{env['python']}, {packages}. {env['date']}, load {env['load_before']} before and {env['load_after']} after. "
         f"Clock: {env['clock']}. All variants of a comparison run in turn in one process; a ratio is taken within each "
-        "round, and the median and the quartiles over the rounds are given."
+        "round, and the median and the quartiles over the rounds are given. Whole encoders are timed in several fresh "
+        "processes one after the other; the quartiles are over the rounds of all, and the median of each stands behind."
     )
 
 
@@ -83,6 +84,8 @@ def _timed_rows(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for name, row in entry["rows"].items():
             ratio = row["ratio"]
             text = "1" if name == entry["base"] else f"{_number(ratio['median'])} {_interval(ratio)}"
+            if "processes" in row and name != entry["base"]:
+                text += f"; by process {', '.join(map(_number, sorted(row['processes'])))}"
             seconds = row["seconds"]["median"]
             time = duration(seconds)
             if "pictures" in entry:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.timing import Call, compare, quartiles, sample, threads, value
+from benchmarks.timing import Call, compare, entry, in_fresh_processes, measure, quartiles, sample, threads, value
 from hjepa.nn.encoders import ContextEncoder
 from hjepa.nn.rope import VisionRoPE2D
 from hjepa.nn.rotation import rotate_qkv_
 
 Entry = dict[str, Any]
 HEADS, DIM = 6, 64  # ViT-S
+PROCESSES = 4  # fresh ones, for each comparison of whole encoders
 NAMES = {"ViT-Ti": "vit_tiny_patch16_224", "ViT-S": "vit_small_patch16_224", "ViT-B": "vit_base_patch16_224"}
 
 
@@ -93,27 +94,34 @@ def forward_backward(module: Callable[[Tensor], Tensor], x: Tensor, parameters: 
 def encoders(setup: Setup) -> Iterator[Entry]:
     """RoPE on against off, whole encoders. Off is timm; in bfloat16 on a CPU both attend in float32."""
     single, half = torch.float32, torch.bfloat16
-    cases = [  # model, dtype, pass, threads, rounds, aim
-        ("ViT-S", single, "forward", 1, 15, 1.03),
-        ("ViT-S", single, "forward", 2, 15, 1.03),
-        ("ViT-S", single, "forward + backward", 1, 7, 1.03),
-        ("ViT-S", single, "forward + backward", 2, 7, 1.03),
-        ("ViT-S", half, "forward", 1, 13, 1.05),
-        ("ViT-S", half, "forward", 2, 13, 1.05),
-        ("ViT-Ti", single, "forward", 1, 13, 1.05),
-        ("ViT-Ti", single, "forward + backward", 1, 7, None),
-        ("ViT-B", single, "forward", 1, 5, 1.02),
+    cases = [  # model, dtype, pass, threads, rounds in each process
+        ("ViT-S", single, "forward", 1, 5),
+        ("ViT-S", single, "forward", 2, 5),
+        ("ViT-S", single, "forward + backward", 1, 3),
+        ("ViT-S", single, "forward + backward", 2, 3),
+        ("ViT-S", half, "forward", 1, 5),
+        ("ViT-S", half, "forward", 2, 5),
+        ("ViT-Ti", single, "forward", 1, 5),
+        ("ViT-Ti", single, "forward + backward", 1, 3),
+        ("ViT-B", single, "forward", 1, 3),
     ]
-    for model, dtype, what, count, rounds, aim in (case for case in cases if case[3] in setup.threads):
-        x, variants = setup.images(dtype), {}
-        for name in ("RoPE off", "RoPE on"):
-            encoder = setup.encoder(model, name == "RoPE on").to(dtype)
-            backward = what != "forward"
-            variants[name] = forward_backward(encoder, x, encoder.parameters()) if backward else forward(encoder, x)
-        yield compare(
-            "encoders", f"{model}, {str(dtype).removeprefix('torch.')}, {what}", variants, thread_count=count,
-            rounds=setup.rounds(rounds), shortest=setup.shortest, at_most={"RoPE on": aim} if aim else None,
-        )  # fmt: skip
+    for model, dtype, what, count, rounds in (case for case in cases if case[3] in setup.threads):
+        given = setup, model, dtype, what, count, rounds
+        times = [encoder_times(*given)] if setup.quick else in_fresh_processes(PROCESSES, encoder_times, *given)
+        title = f"{model}, {str(dtype).removeprefix('torch.')}, {what}"
+        yield entry("encoders", title, times, thread_count=count, at_most={"RoPE on": 1.015})
+
+
+def encoder_times(
+    setup: Setup, model: str, dtype: torch.dtype, what: str, count: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of the encoder without and with RoPE, round by round."""
+    x, variants = setup.images(dtype), {}
+    for name in ("RoPE off", "RoPE on"):
+        encoder = setup.encoder(model, name == "RoPE on").to(dtype)
+        backward = what != "forward"
+        variants[name] = forward_backward(encoder, x, encoder.parameters()) if backward else forward(encoder, x)
+    return measure(variants, rounds=setup.rounds(rounds), thread_count=count, shortest=setup.shortest)
 
 
 def larger(setup: Setup) -> Iterator[Entry]:

@@ -4,6 +4,9 @@ A machine's speed drifts by more than the differences looked for, with its clock
 So all variants of a comparison are run in turn, each round in another order, and a variant's time is divided by the
 base's time of the SAME round; what is reported is the median of those ratios with their quartiles.
 
+A ratio can also differ from process to process, by where memory happens to lie: `in_fresh_processes` repeats a
+measurement in new ones, and their medians stand beside the ratio.
+
 With one thread the clock is the process's own CPU time, which does not count waiting for other programs; with more it
 is the wall clock. Short calls are repeated until a sample lasts `SHORTEST` seconds. The garbage collector is off.
 
@@ -12,9 +15,11 @@ Not covered: GPUs (no synchronisation), instruction counts.
 
 import contextlib
 import gc
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -51,6 +56,62 @@ def sample(call: Call, clock: Callable[[], float], repeats: int) -> float:
     return (clock() - start) / repeats
 
 
+def measure(
+    variants: Mapping[str, Call], *, rounds: int, thread_count: int = 1, shortest: float = SHORTEST
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, the variants in turn."""
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with threads(thread_count) as clock:
+        repeats = {}
+        for name in names:
+            variants[name]()  # caches, lazy imports, compilers
+            repeats[name] = max(1, round(shortest / max(sample(variants[name], clock, 1), 1e-9)))
+        for turn in range(rounds):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                times[name].append(sample(variants[name], clock, repeats[name]))
+    return times
+
+
+def in_fresh_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in each of `count` new processes, one after the other."""
+    found = []
+    for _ in range(count):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            found.append(process.submit(work, *arguments).result())
+    return found
+
+
+def entry(
+    section: str,
+    title: str,
+    processes: Sequence[Mapping[str, Sequence[float]]],
+    *,
+    thread_count: int = 1,
+    at_most: Mapping[str, float] | None = None,
+    at_least: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """What `measure` gave in one process or several, for results.json.
+
+    at_most, at_least: the aims, bounds of the median ratio by variant name. The rows hold seconds and ratio as {median,
+    low, high}, over the rounds of all processes, and where there are several the median ratio of each.
+    """
+    base, rows = next(iter(processes[0])), {}
+    for name in processes[0]:
+        ratios = [[one / other for one, other in zip(p[name], p[base], strict=True)] for p in processes]
+        rows[name] = {
+            "seconds": quartiles([second for p in processes for second in p[name]]),
+            "ratio": quartiles([ratio for own in ratios for ratio in own]),
+            "at_most": (at_most or {}).get(name),
+            "at_least": (at_least or {}).get(name),
+        }
+        if len(processes) > 1:
+            rows[name]["processes"] = [statistics.median(own) for own in ratios]
+    rounds = sum(len(p[base]) for p in processes)
+    found = {"section": section, "title": title, "threads": thread_count, "rounds": rounds, "base": base}
+    return found | {"rows": rows}
+
+
 def compare(
     section: str,
     title: str,
@@ -62,32 +123,9 @@ def compare(
     at_least: Mapping[str, float] | None = None,
     shortest: float = SHORTEST,
 ) -> dict[str, Any]:
-    """Time `variants` against the first of them.
-
-    at_most, at_least: the aims, bounds of the median ratio by variant name. Returns a dict for results.json: the
-    rows hold seconds and ratio as {median, low, high}.
-    """
-    names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    with threads(thread_count) as clock:
-        repeats = {}
-        for name in names:
-            variants[name]()  # caches, lazy imports, compilers
-            repeats[name] = max(1, round(shortest / max(sample(variants[name], clock, 1), 1e-9)))
-        for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                times[name].append(sample(variants[name], clock, repeats[name]))
-    base = times[names[0]]
-    rows = {}
-    for name in names:
-        rows[name] = {
-            "seconds": quartiles(times[name]),
-            "ratio": quartiles([one / other for one, other in zip(times[name], base, strict=True)]),
-            "at_most": (at_most or {}).get(name),
-            "at_least": (at_least or {}).get(name),
-        }
-    found = {"section": section, "title": title, "threads": thread_count, "rounds": rounds, "base": names[0]}
-    return found | {"rows": rows}
+    """Time `variants` against the first of them, in this process; see `measure` and `entry`."""
+    times = measure(variants, rounds=rounds, thread_count=thread_count, shortest=shortest)
+    return entry(section, title, [times], thread_count=thread_count, at_most=at_most, at_least=at_least)
 
 
 def value(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,6 +45,15 @@ def test_ratio_is_taken_within_a_round_so_a_slowing_machine_does_not_change_it(m
     assert rows["base"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert rows["double"]["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert rows["double"]["seconds"] == {"median": 6.0, "low": 2.0, "high": 18.0}
+
+
+def test_whole_encoders_are_timed_in_fresh_processes_and_each_one_s_ratio_is_kept() -> None:
+    assert len({os.getpid(), *timing.in_fresh_processes(2, os.getpid)}) == 3
+    processes = [{"base": [1.0, 1.0, 2.0], "other": [1.1, 1.1, 2.2]}, {"base": [1.0] * 3, "other": [1.4, 1.2, 1.3]}]
+    row = timing.entry("x", "x", processes)["rows"]["other"]
+    assert row["processes"] == pytest.approx([1.1, 1.3])
+    assert row["ratio"]["median"] == pytest.approx(1.15) and row["seconds"]["median"] == pytest.approx(1.25)
+    assert "by process 1.100, 1.300" in "\n".join(report._timed_rows([timing.entry("x", "x", processes)]))
 
 
 def test_variants_take_turns_at_going_first_and_threads_are_put_back() -> None:

@@ -27,12 +27,13 @@ from .results import Row, by_encoder, by_setting, home_size, summarise
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
+BROWN = "#8C564B"
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # as axes.prop_cycle in matplotlibrc
 COLORS = {
     "context": BLUE, "target": ORANGE, "predicted": GREEN,
     "absolute": PURPLE, "rope": VERMILLION, "sincos": BLUE, "hybrid": SKY, "none": BLACK,
     "random": "#999999", "pixels": "#666666", "histogram": "#B3B3B3", "hog": "#333333", "chance": "#CCCCCC",
-    "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BLUE,
+    "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BROWN,
     "row": BLUE, "column": VERMILLION,
     "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
 }  # fmt: skip
