@@ -11,7 +11,7 @@ from hjepa.train import train
 
 NAMES = hjepa.list_pretrained()
 CARD = ("command", "config", "seed", "steps", "minutes", "processor", "results", "data", "terms")
-MOST = 12 * 2**20  # bytes of all weights together
+MOST = 12_000_000  # bytes of all weights together
 
 
 def test_there_are_encoders_with_rotation_and_with_an_embedding():
