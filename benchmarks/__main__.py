@@ -1,6 +1,6 @@
 """Time the package against its peers.
 
-    python -m benchmarks                         all (about seven minutes): results.json, results.md, results.png
+    python -m benchmarks                         all (about 17 minutes): results.json, results.md, results.png
     python -m benchmarks --only rotation peers   some sections, printed; --out FILE also writes their JSON
     python -m benchmarks --quick                 tiny shapes, to see that everything works; the numbers mean nothing
     python -m benchmarks --report                rebuild results.md and results.png from results.json

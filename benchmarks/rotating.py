@@ -101,8 +101,8 @@ def encoders(setup: Setup) -> Iterator[Entry]:
         ("ViT-S", single, "forward + backward", 2, 3),
         ("ViT-S", half, "forward", 1, 5),
         ("ViT-S", half, "forward", 2, 5),
-        ("ViT-Ti", single, "forward", 1, 5),
-        ("ViT-Ti", single, "forward + backward", 1, 3),
+        ("ViT-Ti", single, "forward", 1, 15),
+        ("ViT-Ti", single, "forward + backward", 1, 6),
         ("ViT-B", single, "forward", 1, 3),
     ]
     for model, dtype, what, count, rounds in (case for case in cases if case[3] in setup.threads):
@@ -143,15 +143,18 @@ def larger(setup: Setup) -> Iterator[Entry]:
 
 def compiled(setup: Setup) -> Iterator[Entry]:
     """The same through torch.compile. A quick run leaves the code generation out."""
+    times = [compiled_times(setup)] if setup.quick else in_fresh_processes(PROCESSES, compiled_times, setup)
+    yield entry("compiled", "ViT-S of 3 layers, bfloat16, forward, compiled", times, at_most={"RoPE on": 1.02})
+
+
+def compiled_times(setup: Setup) -> dict[str, list[float]]:
+    """Seconds of a compiled encoder without RoPE and of one with it, in this process."""
     x, variants = setup.images(torch.bfloat16), {}
     for name in ("RoPE off", "RoPE on"):
         encoder = setup.encoder("ViT-S", name == "RoPE on", depth=1 if setup.quick else 3).bfloat16()
         backend = "eager" if setup.quick else "inductor"
         variants[name] = forward(torch.compile(encoder, fullgraph=True, backend=backend), x)
-    yield compare(
-        "compiled", "ViT-S of 3 layers, bfloat16, forward, compiled", variants, rounds=setup.rounds(40),
-        shortest=setup.shortest, at_most={"RoPE on": 1.02},
-    )  # fmt: skip
+    return measure(variants, rounds=setup.rounds(20), shortest=setup.shortest)
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:

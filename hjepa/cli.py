@@ -379,14 +379,15 @@ def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
         raise UserError("--strategy is about RoPE and ALiBi, and no run given has either")
     views: dict[str, Any] = {}
     for name, (encoder, _) in loaded.items():
-        for word in wanted if encoder.strategies else ():
+        ways = wanted if encoder.strategies else []
+        for word in ways:
             if word not in encoder.strategies:
                 near = nearest(word, encoder.strategies) or "none"
                 raise UserError(f"--strategy {word}: {name} takes {', '.join(encoder.strategies)}; nearest: {near}")
-        if wanted and encoder.strategies:
-            views |= {f"{name} {word}": with_strategy(encoder, word) for word in wanted}
-        else:
-            views[name] = encoder
+        readings = {f"{name} {word}": with_strategy(encoder, word) for word in ways} or {name: encoder}
+        if twice := sorted(views.keys() & readings):
+            raise UserError(f"--run {name}: another run is read as {twice[0]!r} too; rename the folder")
+        views |= readings
     return views
 
 

@@ -267,6 +267,16 @@ def test_a_run_named_like_a_baseline_is_refused(run, tmp_path, capsys):
     assert encoders_in(tmp_path / "e.csv") == ["chance", "random init", "raw pixels", "colour histogram", "HOG"]
 
 
+def test_a_run_named_like_the_reading_of_another_is_refused(run, tmp_path, capsys):
+    """One of the two would be missing from the table, and nobody told."""
+    plain = tmp_path / "a interpolate"
+    assert main(["train", "--run", str(plain), "train.warmup=0", *SMALL]) == 0
+    for runs in ((copy_of(run, tmp_path / "a"), plain), (plain, tmp_path / "a")):
+        words = ["evaluate", *(word for folder in runs for word in ("--run", folder)), "--sizes", "64"]
+        line = error_of([*words, "--strategy", "interpolate"], capsys)
+        assert f"--run {runs[1].name}: another run is read as 'a interpolate' too; rename the folder" in line
+
+
 def test_runs_that_would_be_read_with_settings_of_the_first_are_refused(run, tmp_path, capsys):
     words = ["evaluate", "--run", run, "--out", tmp_path / "e.csv"]
     for key, value, first in (("knn_k", 3, 20), ("gallery", 30, 40), ("pool", "pyramid", "mean"), ("few", 9, None)):

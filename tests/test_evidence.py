@@ -131,6 +131,13 @@ def test_the_table_has_the_sixteen_comparisons_over_seeds_and_pictures(tmp_path)
         drawn = {line.get_label(): list(line.get_ydata()) for line in panel.lines if line.get_label()[0] != "_"}
         for name, value in {evidence.B: 0.25, "HOG": 0.175, "none": 0.35}.items():
             assert drawn[name] == pytest.approx([value] * 3)
+    narrow = cells_figure(rows, 64, columns=2, trained={"views, several grids": (32,)}).axes
+    assert [panel.get_title() for panel in narrow] == 2 * list(evidence.CELLS)
+    assert len({panel.get_ylim() for panel in narrow[:4]}) == 1  # one scale for all panels of a metric
+    assert [len(panel.texts) > 1 for panel in narrow] == 4 * [False, True]  # names stand at the right
+    for panel in narrow:
+        lines = [line.get_xdata()[0] for line in panel.lines if line.get_label() == "_trained too"]
+        assert lines == [32] * (panel.get_title() == "views, several grids")
     assert [(r["comparison"], r["size"], r["reader"]) for r in found] == [
         (cell, (size, size), metric) for cell in evidence.CELLS for size in (32, 128) for metric in ("knn", "probe")
     ]

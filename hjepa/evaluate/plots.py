@@ -138,25 +138,43 @@ def sweep_figure(rows: Sequence[Row], metric: str = "probe", *, columns: int = 2
     return figure
 
 
-def cells_figure(rows: Sequence[Row], train_size: Any, metrics: Sequence[str] = ("knn", "probe")) -> Figure:
-    """Small multiples: a column per `cell` of the rows, a row per metric, means with 95 % t intervals over seeds.
+def cells_figure(
+    rows: Sequence[Row],
+    train_size: Any,
+    metrics: Sequence[str] = ("knn", "probe"),
+    *,
+    columns: int | None = None,
+    trained: Mapping[str, Sequence[int]] | None = None,
+) -> Figure:
+    """Small multiples: a panel for each metric and `cell` of the rows, means with 95 % t intervals over seeds.
 
-    Random init and the simple baselines, which know nothing of cells, are those of the first cell in every column; what
-    has a single seed keeps its interval over pictures.
+    Random init and the simple baselines, which know nothing of cells, are those of the first cell in every panel; what
+    has a single seed keeps its interval over pictures. `columns`: panels side by side (all cells). `trained`: by cell,
+    further sizes in pixels that training drew, as dotted lines.
     """
     cells = list(dict.fromkeys(row["cell"] for row in rows))
-    made, axes = plt.subplots(len(metrics), len(cells), figsize=(3.25 * len(cells), 3 * len(metrics)), sharey="row",
-                              squeeze=False, layout="constrained")  # fmt: skip
-    for line, metric in zip(axes, metrics, strict=True):
-        for ax, cell in zip(line, cells, strict=True):
+    columns = columns or len(cells)
+    lines = -(-len(cells) // columns)  # of panels, for each metric
+    made, axes = plt.subplots(len(metrics) * lines, columns, sharey="row", squeeze=False, layout="constrained",
+                              figsize=(3.25 * columns, 3 * len(metrics) * lines))  # fmt: skip
+    for ax in axes.flat:
+        ax.axis("off")
+    for metric, block in zip(metrics, np.split(axes, len(metrics)), strict=True):
+        for ax in block[1:, 0]:
+            ax.sharey(block[0, 0])
+        for cell, ax in zip(cells, block.flat, strict=False):
+            ax.axis("on")
             own = [row for row in rows if row["cell"] == (cells[0] if _key(row["encoder"]) in BASELINES else cell)]
             shown = summarise([{key: value for key, value in row.items() if key != "cell"} for row in own])
-            transfer_figure(shown, metric, train_size, ax=ax, labels=ax is line[-1])
-            ax.set_ylabel(METRICS.get(metric, metric).split("\n")[0] if ax is line[0] else "")
-    for ax, cell in zip(axes[0], cells, strict=True):
-        ax.set(title=cell)
-    for ax in axes[:-1].flat:
-        ax.set_xlabel("")
+            transfer_figure(shown, metric, train_size, ax=ax, labels=False)
+            for size in (trained or {}).get(cell, ()):
+                ax.axvline(size, color="#444444", lw=1, ls=":", label="_trained too")
+            ax.set_ylabel(METRICS.get(metric, metric).split("\n")[0] if ax in block[:, 0] else "")
+            ax.set_xlabel(ax.get_xlabel() if ax in axes[-1] else "")
+            if metric == metrics[0] or lines > 1:
+                ax.set_title(cell)
+        for last in {len(cells), *range(columns, len(cells), columns)}:  # once all limits stand
+            label_lines(block.flat[last - 1])
     return made
 
 
