@@ -15,7 +15,7 @@ HYGIENE := --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution"
 
 .DEFAULT_GOAL := help
-.PHONY: help env tour lab test lint floors mutants kills fuzz bench race site
+.PHONY: help env tour lab test lint floors mutants kills fuzz bench race site badges
 
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,3 +69,6 @@ race: $(READY)  ## minutes of training until a probe of photographs reads .50, a
 
 site: $(READY)  ## build the site into docs/_build/html
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+badges: $(READY)  ## first cells and badges of the notebooks, as [project.urls] of pyproject.toml says
+	$(BIN)/python notebooks/hosted.py

@@ -166,8 +166,12 @@ def test_what_the_wheel_brings_along_exists():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert not [path for path in tool["force-include"] if not (ROOT / path).exists()]
     assert f"hjepa/_assets/{NOTEBOOK}" in tool["force-include"].values()
-    asked = re.findall(r'find_file\(\\"(results/[^\\"]*)\\"\)', (ROOT / NOTEBOOK).read_text())
-    assert asked and all(tool["force-include"][name] == f"hjepa/_assets/{name}" for name in asked)
+    pages = [path.read_text() for path in ROOT.glob("notebooks/**/*.ipynb")]
+    asked = {name for page in pages for name in re.findall(r'find_file\(\\"([^\\"]*)\\"\)', page)}
+    brought = {name: place for name, place in tool["force-include"].items() if not name.startswith("configs")}
+    assert len(asked) > 15
+    assert {name for name in asked if not name.startswith("configs/")} <= brought.keys()
+    assert all(place == f"hjepa/_assets/{name}" for name, place in brought.items())
 
 
 def test_make_without_a_target_lists_the_targets():
