@@ -3,6 +3,8 @@
     python notebooks/hosted.py            write both into every notebook, as pyproject.toml says
     python notebooks/hosted.py --check    exit code 1 where a notebook is otherwise
 
+It installs the extra `test` too, which has the peers that notebook 03 compares with.
+
 The one address is `Repository` in [project.urls] of pyproject.toml. Without it the cell says how to install the
 package, and no notebook has a badge. Badges are for addresses at GitHub, which is what Colab opens.
 """
@@ -39,7 +41,7 @@ def repository(pyproject: Path = ROOT / "pyproject.toml") -> str | None:
 
 def install_cell(address: str | None) -> str:
     """Source of the first cell. It does nothing beside the notebooks of a checkout where hjepa is importable."""
-    return CELL.format(install=f'%pip install --quiet "hjepa @ git+{address}"' if address else MISSING)
+    return CELL.format(install=f'%pip install --quiet "hjepa[test] @ git+{address}"' if address else MISSING)
 
 
 def badge(address: str | None, name: str) -> str | None:

@@ -140,6 +140,7 @@ MUTANTS = [
     Mutant("leverage of the intercept forgotten", "evaluate/readers", " + 1 / len(z))", ")", "metrics"),
     Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),
     Mutant("effective rank not centred", "evaluate/measures", "centred = x - x.mean(dim=0)", "centred = x", "metrics"),
+    Mutant("covariance left out", "nn/losses", " + off_diagonal / features.shape[1]", "", "model"),
     Mutant("shares joined in another order", "evaluate/processes", "for part in parts for batch", "for part in reversed(parts) for batch", "sharing"),
     # published encoders
     Mutant("published: pixels as the data has them", "evaluate/published", "forward_features(images * self.scale + self.offset)", "forward_features(images)", "published"),

@@ -52,7 +52,7 @@ def test_in_a_hosted_notebook_it_installs_from_the_one_address_and_brings_the_st
         plt.rcdefaults()
         magics, _ = run_cell(hosted.install_cell(GITHUB), monkeypatch, installed=False)
         assert plt.rcParams["figure.constrained_layout.use"]
-    assert magics == [("pip", f'install --quiet "hjepa @ git+{GITHUB}"')]
+    assert magics == [("pip", f'install --quiet "hjepa[test] @ git+{GITHUB}"')]
 
 
 def test_without_an_address_it_says_how_to_install(monkeypatch):

@@ -27,9 +27,10 @@ BARE = re.compile(r'(?<![("\w])https?://[^\s)>"\']+')
 ARXIV = re.compile(r"https://arxiv\.org/abs/\d{4}\.\d{5}")
 REQUIRED = {
     "RoFormer": "2104.09864", "rope-vit": "2403.13298", "DINOv3": "2508.10104", "V-JEPA 2": "2506.09985",
-    "EVA-02": "2303.11331", "YaRN": "2309.00071",
+    "EVA-02": "2303.11331", "YaRN": "2309.00071", "V-JEPA 2.1": "2603.14482", "I-JEPA": "2301.08243",
+    "LeJEPA": "2511.08544", "VICReg": "2105.04906", "MAE": "2111.06377",
 }  # fmt: skip
-SOURCES = REQUIRED | {"I-JEPA": "2301.08243", "MAE": "2111.06377", "VICReg": "2105.04906", "LeJEPA": "2511.08544"}
+SOURCES = {name: paper for name, paper in REQUIRED.items() if name != "V-JEPA 2.1"}
 
 
 def links(text: str) -> Iterator[tuple[str, str]]:

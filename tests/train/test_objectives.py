@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from hjepa.build import build_model, draw_masks, load_split
+from hjepa.config import load_config
 from hjepa.data.views import whole
+from hjepa.hub import load_run
 from hjepa.inputs import UserError
 from hjepa.nn.hjepa import HJEPA
 from hjepa.train import loop, train
@@ -236,3 +238,18 @@ def test_a_checkpoint_whose_optimiser_keeps_no_peak_goes_on_at_the_configured_ra
     train(config, tmp_path / "old", progress=False)
     new, old = (load_file(latest_checkpoint(tmp_path / name) / "model.safetensors") for name in ("new", "old"))
     assert all(torch.equal(new[key], old[key]) for key in new)
+
+
+@pytest.mark.slow
+def test_the_reports_own_configuration_trains(tmp_path):
+    """ViT-B/16 at 224 px with theta 10000 and masked prediction: two steps, and the weights move."""
+    sizes = ("model.embed_dim=null", "model.depth=null", "model.num_heads=null", "model.patch_size=16")
+    rope = ("model.rope.use_rope=true", "model.rope.theta=10000", "data.image_size=224", "data.limit=8")
+    short = ("train.steps=2", "train.warmup=0", "train.batch_size=2", "train.threads=1", "train.log_every=1")
+    readings = ("evaluate.gallery=4", "evaluate.queries=2")
+    config = load_config(None, ["model.encoder_type=vit_base_patch16_224", *sizes, *rope, *short, *readings])
+    before = build_model(config).context_encoder.state_dict()["vit.blocks.11.attn.qkv.weight"].clone()
+    assert before.shape == (3 * 768, 768) and config.objective == "masks"
+    train(config, tmp_path / "report", progress=False)
+    after = load_run(tmp_path / "report", "context")[0].state_dict()["vit.blocks.11.attn.qkv.weight"]
+    assert after.isfinite().all() and (after - before).abs().max() > 1e-5
