@@ -12,11 +12,12 @@
          setting: theta=10.0}
 
 A relative path among the parameters (path, data_root, data.path=...) is one of the current folder, in which the
-notebook does not run. Each run has a folder out/LABEL-HASH, HASH of the parameters, the notebook's code and the
-package's version, so a changed notebook makes its runs again; the notebook gets it as `run_dir` and writes metrics.json
-there, {"rows": [...]}, and may write hits.npz (`hjepa.evaluate.primary.save_hits`). A finished run has state "finished"
-in run.json and is never run again. One that was stopped is run again in the same folder, so a notebook that trains
-should resume there. A run that fails leaves error.txt and holds up nobody.
+notebook does not run. The parameter `recipe` names a file of the current folder, or else of the package. Each run has
+a folder out/LABEL-HASH, HASH of the parameters, the notebook's code, the recipe's text and the package's version, so a
+changed notebook or recipe makes its runs again; the notebook gets it as `run_dir` and writes metrics.json there,
+{"rows": [...]}, and may write hits.npz (`hjepa.evaluate.primary.save_hits`). A finished run has state "finished" in
+run.json and is never run again. One that was stopped is run again in the same folder, so a notebook that trains should
+resume there. A run that fails leaves error.txt and holds up nobody.
 
 A sweep that chooses reads validation pictures: `split: validation`, a parameter of its notebook, which is what
 notebooks/one_run.ipynb takes where none is named. `split: test` is for sweeps from which nothing is chosen.
@@ -40,6 +41,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -52,6 +54,7 @@ from ..inputs import UserError, check_choice, nearest, size_pair
 from ..pretrained import list_pretrained
 from ..versions import differences, versions
 from .notebooks import NotebookError, check_parameters, execute, find_parameters, notebook_digest
+from .tour import find_file
 
 EXECUTORS = ("local", "slurm")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -93,6 +96,8 @@ class Run:
     folder: Path
     parameters: dict[str, Any]
     varied: dict[str, Any]  # those that tell it from other runs
+    files: dict[str, str] = field(default_factory=dict)  # parameters that the notebook gets as full paths instead
+    recipe: str = ""  # digest of the recipe's text; "" without one
 
     @property
     def finished(self) -> bool:
@@ -126,7 +131,8 @@ def load_sweep(path: str | Path) -> tuple[Sweep, list[Run]]:
     for varied in combinations:
         check_parameters({**fixed, **varied}, known, str(path))
     made_by = [notebook_digest(sweep.notebook), versions()["hjepa"]]
-    runs = [_run(sweep, fixed, varied, made_by) for varied in combinations]
+    usual = known["recipe"].default if "recipe" in known else None
+    runs = [_run(sweep, fixed, varied, made_by, usual) for varied in combinations]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError(f"{path}: the grid names the same run twice; look for a doubled value")
     _check_settings(sweep, runs, str(path))
@@ -220,12 +226,47 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
 
 
-def _run(sweep: Sweep, fixed: dict[str, Any], varied: dict[str, Any], made_by: list[Any]) -> Run:
+def _run(sweep: Sweep, fixed: dict[str, Any], varied: dict[str, Any], made_by: list[Any], usual: Any = None) -> Run:
+    """usual: the recipe of runs that name none."""
     parameters = {name: _absolute(name, value) for name, value in {**fixed, **varied}.items()}
-    identity = json.dumps([Path(sweep.notebook).name, *made_by, parameters], sort_keys=True)
     label = re.sub(r"[^\w.=,+-]+", "-", ",".join(f"{k}={v}" for k, v in varied.items()))[:80] or "run"
-    folder = Path(sweep.out).resolve() / f"{label}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
-    return Run(folder, parameters, varied)
+
+    def folder(*more: str) -> Path:
+        identity = json.dumps([Path(sweep.notebook).name, *made_by, *more, parameters], sort_keys=True)
+        return Path(sweep.out).resolve() / f"{label}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+
+    name = parameters.get("recipe", usual)
+    found = _recipes(name, Path(sweep.notebook)) if isinstance(name, str) and name else []
+    if not found:
+        return Run(folder(), parameters, varied)
+    texts = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in found]
+    own, older = folder(texts[0]), folder()  # the recipe's text did not count in older names
+    if not own.exists() and len(set(texts)) == 1 and _began_after(older, found):
+        own = older
+    ours = found[0] == user_path(name).absolute() and not _is_packaged(found[0], name)
+    return Run(own, parameters, varied, {"recipe": str(found[0])} if ours else {}, texts[0])
+
+
+def _recipes(name: str, notebook: Path) -> list[Path]:
+    """The files that a recipe's name can mean, first the one that counts: of the current folder, the package, or beside
+    the notebook."""
+    places = [user_path(name).absolute()]
+    with suppress(FileNotFoundError):
+        places.append(find_file(name))
+    return [path for path in [*places, notebook.parent / name] if path.is_file()]
+
+
+def _is_packaged(path: Path, name: str) -> bool:
+    """Whether a notebook finds this file by its name alone, as in a checkout."""
+    with suppress(FileNotFoundError):
+        return path.samefile(find_file(name))
+    return False
+
+
+def _began_after(folder: Path, recipes: list[Path]) -> bool:
+    """Whether all files of a run are newer than its recipe, so that the recipe was not edited since."""
+    times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+    return bool(times) and min(times) > max(path.stat().st_mtime for path in recipes)
 
 
 def _absolute(name: str, value: Any) -> Any:
@@ -279,9 +320,9 @@ def _attempt(notebook: str, run: Run) -> None:
         (run.folder / name).unlink(missing_ok=True)
     started = time.time()
     record: dict[str, Any] = {"state": "finished", "parameters": run.parameters, "notebook": notebook_digest(notebook),
-                              "versions": versions()}  # fmt: skip
+                              "versions": versions(), **({"recipe": run.recipe} if run.recipe else {})}  # fmt: skip
     try:
-        parameters = {**run.parameters, "run_dir": str(run.folder)}
+        parameters = {**run.parameters, **run.files, "run_dir": str(run.folder)}
         execute(notebook, run.folder / Path(notebook).name, parameters, cwd=Path(notebook).parent, stream=sys.stdout)
         metrics = read_json(run.folder / "metrics.json")
         if not isinstance(metrics, dict) or not isinstance(metrics.get("rows"), list):

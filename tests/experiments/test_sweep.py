@@ -174,6 +174,68 @@ def test_relative_paths_are_those_of_the_current_folder(tmp_path, monkeypatch):
     assert load_sweep(file)[1][0].folder != runs[0].folder
 
 
+def with_recipe(path):
+    """A folder whose notebook takes the name of a recipe, usually own.yaml, and measures the number in that file."""
+    folder = make_folder(path)
+    edited(folder, "threads = 2", 'threads = 2\\nrecipe = \\"own.yaml\\"')
+    edited(folder, "lr / 3", "float(Path(recipe).read_text())")
+    return folder
+
+
+def test_an_edited_recipe_makes_its_runs_again(tmp_path, monkeypatch):
+    """Named in the file or the notebook's usual one; back to its former text it gives the former runs."""
+    folder = with_recipe(tmp_path)
+    monkeypatch.chdir(folder)
+    for text in ("seeds: [0]\nparameters: {recipe: own.yaml}", "seeds: [1]", "grid: {recipe: [own.yaml]}"):
+        file = write(folder, text)
+        (folder / "own.yaml").write_text("0.5")
+        before = load_sweep(file)[1][0]
+        assert run_sweep(file, progress=False) == []
+        (folder / "own.yaml").write_text("0.1")
+        assert run_sweep(file, progress=False) == []
+        assert [row["value"] for row in rows_from_csv(folder / "out" / "table.csv")] == [0.1]
+        assert read_json(load_sweep(file)[1][0].folder / "run.json")["recipe"] != before.recipe
+        (folder / "own.yaml").write_text("0.5")
+        assert load_sweep(file)[1][0].folder == before.folder and before.finished
+
+
+def test_runs_made_before_recipes_counted_are_kept_until_the_recipe_is_edited(tmp_path, monkeypatch):
+    folder = with_recipe(tmp_path)
+    monkeypatch.chdir(folder)
+    file = write(folder, "seeds: [0]")
+    older = load_sweep(file)[1][0].folder  # without a recipe's file, the name of the folder is the older one
+    older.mkdir(parents=True)
+    for name, text in (("run.json", '{"state": "finished"}'), ("metrics.json", '{"rows": []}')):
+        (older / name).write_text(text)
+    made = (older / "run.json").stat().st_mtime
+    (folder / "own.yaml").write_text("0.5")
+    os.utime(folder / "own.yaml", (made - 60, made - 60))
+    run = load_sweep(file)[1][0]
+    assert run.folder == older and run.finished
+    os.utime(folder / "own.yaml", (made + 60, made + 60))
+    assert load_sweep(file)[1][0].folder != older
+
+
+def test_a_recipe_of_the_current_folder_wins_over_the_packages(tmp_path, monkeypatch):
+    """Its full path goes to the notebook alone: a run is the same in whatever folder the same text lies."""
+    folder, name = with_recipe(tmp_path), "configs/photographs.yaml"
+    text = f"seeds: [0]\nparameters: {{recipe: {name}}}"
+    seen = {}
+    for place, number in (("here", "0.25"), ("there", "0.25"), ("other", "0.5"), ("none", None)):
+        (tmp_path / place / "configs").mkdir(parents=True)
+        if number:
+            (tmp_path / place / name).write_text(number)
+        monkeypatch.chdir(tmp_path / place)
+        seen[place] = load_sweep(write(folder, text))[1][0]
+        assert seen[place].parameters["recipe"] == name
+        assert seen[place].files == ({"recipe": str(tmp_path / place / name)} if number else {})
+    assert seen["here"].folder == seen["there"].folder
+    assert len({run.folder for run in seen.values()}) == len({run.recipe for run in seen.values()}) == 3
+    monkeypatch.chdir(tmp_path / "other")
+    assert run_sweep(write(folder, text), progress=False) == []
+    assert [row["value"] for row in rows_from_csv(folder / "out" / "table.csv")] == [0.5]
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "[.nan]"])
 def test_numbers_that_json_does_not_know_are_refused(tmp_path, value):
     for text in (f"grid: {{lr: [{value}]}}", f"parameters: {{lr: {value}}}", f"parameters: {{sizes: [1, {value}]}}"):
