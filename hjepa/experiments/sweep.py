@@ -63,6 +63,7 @@ POLL = 0.2  # seconds between looks at the running jobs
 # parameters, and keys of overrides
 PATHS = ("path", "root", "data_path", "data_root", "data.path", "data.root", "train.init_from")
 LATE_FILES = 15  # seconds that files of a Slurm job may take to appear here
+GATHERED = ("primary.csv", "summary.md", "figure.png", "table.csv")  # from rows of all runs
 GRACE = 300  # seconds between SIGTERM and the end of a job that is preempted, at most
 TERMINATED = threading.Event()  # this job got SIGTERM
 
@@ -459,7 +460,9 @@ def announcement(sweep: Sweep, runs: list[Run]) -> str:
 
 def gather(runs: list[Run], out: Path, comparisons: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write results.json, a line per run with its metrics, table.csv, the rows of all finished runs, and, once every
-    run is finished, primary.csv, the comparisons that were fixed beforehand."""
+    run is finished, primary.csv, the comparisons that were fixed beforehand. What an earlier call left is removed."""
+    for name in GATHERED:
+        (out / name).unlink(missing_ok=True)
     results = []
     for run in runs:
         metrics = read_json(run.folder / "metrics.json") if run.finished else {}

@@ -449,6 +449,23 @@ def test_comparisons_of_the_file_are_written_once_all_runs_are_there(tmp_path):
     assert row["p"] > seeds_alone[3]  # ten pictures settle less than three seeds seem to
 
 
+def test_no_table_or_figure_of_earlier_runs_is_left_beside_new_results(tmp_path):
+    path = write(make_folder(tmp_path), PRIMARY)
+    (sweep, runs), out = load_sweep(path), tmp_path / "out"
+    finished_runs(path)
+    gather(runs, out, sweep.primary)
+    for name in ("summary.md", "figure.png"):
+        (out / name).write_text("earlier")
+    (runs[0].folder / "run.json").unlink()
+    gather(runs, out, sweep.primary)
+    assert {item.name for item in out.iterdir() if item.is_file()} == {"results.json", "table.csv"}
+    assert len(rows_from_csv(out / "table.csv")) == 10  # of the five runs that are left
+    for run in runs[1:]:
+        (run.folder / "run.json").unlink()
+    gather(runs, out, sweep.primary)
+    assert {item.name for item in out.iterdir() if item.is_file()} == {"results.json"}
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
