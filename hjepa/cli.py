@@ -266,17 +266,17 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     import torch
 
     from .build import build_encoders, load_split
-    from .config import as_dicts
-    from .evaluate.baselines import NAMES, baselines
+    from .config import as_dicts, check_alike
+    from .evaluate.baselines import BESIDE, baselines
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
     loaded = {name: _encoder_of(folder, arguments.which or "target") for name, folder in _named(arguments.run).items()}
     config = next(iter(loaded.values()))[1]
     for name, (_, other) in loaded.items():
-        _check_alike(name, other, arguments.run[0], config, sizes=not asked)
+        check_alike(f"--run {name}", other, arguments.run[0], config, sizes=not asked)
     _other_data(config.data, arguments)
     encoders = _views(loaded, arguments.strategy)
-    for name in ("random init", *NAMES, *(["chance"] if arguments.dense else [])):
+    for name in (*BESIDE, *(["chance"] if arguments.dense else [])):
         if name in encoders:
             raise UserError(f"--run {name}: a baseline in the table has that name; rename the folder")
     size = config.data.image_size
@@ -305,22 +305,6 @@ def _encoder_of(folder: Path, which: str) -> tuple[Any, Any]:
     if about["hjepa"]["which"] != which:
         raise UserError(f"--which {which}: {folder.name} holds the {about['hjepa']['which']} encoder alone")
     return encoder, config_of(about["hjepa"]["config"], str(folder / hub.CONFIG))
-
-
-# what two runs must share to be read together; the rest of `data` is about training alone
-READ = ("name", "path", "image_size", "limit", "classes", "on_corrupt", "moved", "mean", "std")
-
-
-def _check_alike(name: str, config: Any, first: str, shared: Any, *, sizes: bool) -> None:
-    """Refuse a run that would be read with settings of the first one; without `sizes` evaluate.sizes may differ."""
-    keys = [*(f"data.{key}" for key in READ), *(f"evaluate.{key}" for key in config.evaluate)]
-    for key in keys if sizes else [key for key in keys if key != "evaluate.sizes"]:
-        section, _, word = key.partition(".")
-        own, other = config[section][word], shared[section][word]
-        if own != other:
-            near = "give --sizes" if key == "evaluate.sizes" else "read them one by one"
-            what = f"{key}={own}, {first} with {other}; {near}"
-            raise UserError(f"--run {name} was trained with other {section} settings: {what}")
 
 
 def _named(runs: list[str]) -> dict[str, Path]:

@@ -454,6 +454,20 @@ def _check_together(values: Mapping[str, Any]) -> None:
         size_pair(size)
 
 
+# what two runs must share to be read together; the rest of `data` is about training alone
+READ = ("name", "path", "image_size", "limit", "classes", "on_corrupt", "moved", "mean", "std")
+
+
+def check_alike(name: str, config: Config, first: str, shared: Config, *, sizes: bool) -> None:
+    """Refuse a run that would be read with settings of the first one; without `sizes` evaluate.sizes may differ."""
+    own, others = flat_config(config), flat_config(shared)
+    for key in (*(f"data.{word}" for word in READ), *(word for word in own if word.startswith("evaluate."))):
+        if own[key] != others[key] and (sizes or key != "evaluate.sizes"):
+            near = "give --sizes" if key == "evaluate.sizes" else "read them one by one"
+            what = f"{key}={own[key]}, {first} with {others[key]}; {near}"
+            raise UserError(f"{name} was trained with other {key.partition('.')[0]} settings: {what}")
+
+
 def patch_side(encoder_type: str, patch_size: int | None) -> int:
     """Side of a patch in pixels: the one set, or else the one that timm's name says."""
     named = re.search(r"patch(\d+)", encoder_type)

@@ -22,6 +22,7 @@ from .transfer import EncoderLike, Pictures, Size, raw_pixels, resized, subset
 
 RGB = tuple[float, float, float]
 NAMES = ("raw pixels", "colour histogram", "HOG")  # of what `baselines` gives
+BESIDE = ("random init", *NAMES)  # what tables of runs show beside them
 SIDES = (4, 8, 16, 32, 64)  # of thumbnails, pixels
 BINS, ORIENTATIONS, CELL = 6, 9, 8  # colour bins a channel; HOG's angles, and the side of its cells in pixels
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..build import build_encoders, load_split
-from ..config import Config, as_dicts, config_of, load_config
-from ..evaluate.baselines import baselines
+from ..config import Config, as_dicts, check_alike, config_of, load_config
+from ..evaluate.baselines import BESIDE, baselines
 from ..evaluate.dense import dense_transfer, with_pixels
 from ..evaluate.results import Row
 from ..evaluate.transfer import resolution_transfer, with_strategy
 from ..hub import load_run
-from ..inputs import check_choice
+from ..inputs import UserError, check_choice
 from ..train.loop import train
 
 SCHEMES = {  # rotation, learned position embedding, further settings
@@ -103,9 +103,17 @@ def read_all(
 
     dense: also those of `dense_transfer`, for which all patches must have one side. sizes: pixels, beside the training
     size. hits receives which test pictures were right (`resolution_transfer`), for intervals over seeds and pictures
-    together. gallery, queries, knn_k and pool are those of the first config.
+    together.
+
+    Raises:
+        ValueError: variants that differ in pictures or in settings of the reading, which are those of the first
+            config, or one named like a baseline.
     """
-    config = next(iter(configs.values()))
+    first, config = next(iter(configs.items()))
+    for name, other in configs.items():
+        check_alike(f"variant {name!r}", other, repr(first), config, sizes=False)
+        if name in (*BESIDE, "chance"):
+            raise UserError(f"variant {name!r}: a baseline in the table has that name; give it another")
     known, asked = load_split(config, "train"), load_split(config, split)
     size, options = config.data.image_size, as_dicts(config.evaluate)
     options.pop("sizes")

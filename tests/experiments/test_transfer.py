@@ -1,13 +1,18 @@
 """Claims of hjepa.experiments.transfer: schemes differ in positions only, side by side is one after the other."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
+from hjepa.config import load_config
+from hjepa.experiments.sweep import load_sweep
 from hjepa.experiments.transfer import SCHEMES, read_all, readers, scheme_configs, train_all
 from hjepa.train.checkpoint import latest_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("train.steps=2", "train.eval_every=2", "train.checkpoint_every=2", "evaluate.gallery=16", "evaluate.queries=8")
 
 
@@ -57,3 +62,40 @@ def test_every_result_shows_random_init_and_all_simple_baselines(configs, tmp_pa
     simple = {"raw pixels", "colour histogram", "HOG"}
     assert names == {"rope, interpolated", "absolute, resampled", "random init"} | simple
     assert {row["size"] for row in rows} == {(16, 16), (32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("data.image_size=16", "other data settings: data.image_size=16, 'rope' with 32; read them one by one"),
+        ("data.moved=true", "data.moved=True, 'rope' with False"),
+        ("data.path=elsewhere", "data.path=elsewhere, 'rope' with "),
+        ("data.mean=[0.1,0.2,0.3]", "data.mean=[0.1, 0.2, 0.3], 'rope' with None"),
+        ("evaluate.knn_k=4", "other evaluate settings: evaluate.knn_k=4, 'rope' with 3"),
+    ],
+)
+def test_variants_that_would_be_read_with_settings_of_the_first_are_refused(tiny, tmp_path, setting, reason):
+    configs = {"rope": tiny("model.rope.use_rope=true"), "other": tiny(setting)}
+    with pytest.raises(ValueError, match="variant 'other' was trained with ") as refused:
+        read_all(configs, tmp_path, [16])
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["HOG", "raw pixels", "colour histogram", "random init", "chance"])
+def test_a_variant_named_like_a_baseline_is_refused(tiny, tmp_path, name):
+    with pytest.raises(ValueError, match=f"variant '{name}': a baseline in the table has that name"):
+        read_all({"rope": tiny(), name: tiny()}, tmp_path, [16])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/sweeps/*.yaml")), ids=lambda path: path.stem)
+def test_the_variants_of_committed_sweeps_are_read_together(path, tmp_path, monkeypatch):
+    """What differs between them, none of which is refused, is about training."""
+    monkeypatch.chdir(ROOT)
+    given = load_sweep(path)[1][0].parameters
+    overrides = given.get("overrides", [])
+    variants = given.get("variants", {})
+    configs = {name: load_config(given["recipe"], [*more, *overrides]) for name, more in variants.items()}
+    configs = configs or scheme_configs(given["recipe"], given["positions"], overrides)
+    monkeypatch.setattr("hjepa.experiments.transfer.load_split", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read_all(configs, tmp_path, [16])
