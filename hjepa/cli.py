@@ -282,14 +282,16 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     size = config.data.image_size
     splits = [load_split(config, split) for split in ("train", "test")]
     encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
+    if arguments.dense:
+        from .evaluate.dense import check_patches, dense_transfer, with_pixels
+
+        check_patches(with_pixels(encoders))
     torch.set_num_threads(config.train.threads)
     options = as_dicts(config.evaluate) | {"train_size": size}
     options["sizes"] = asked or options["sizes"]
     about = [as_dicts(its) for _, its in loaded.values()]
     rows = _read(encoders, splits, options, arguments, about)
     if arguments.dense and rows:
-        from .evaluate.dense import dense_transfer, with_pixels
-
         rows += dense_transfer(with_pixels(encoders), *splits, train_size=size, sizes=options["sizes"])
     return _show_rows(rows, arguments)
 

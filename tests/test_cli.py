@@ -122,6 +122,16 @@ def test_evaluate_reads_single_patches_too(run, tmp_path):
     assert dense == {"rope", "random init", "raw pixels", "chance"}
 
 
+def test_runs_of_several_patch_sides_are_not_read_patch_by_patch_together(run, tmp_path, capsys, monkeypatch):
+    """Refused before anything is read."""
+    coarse = tmp_path / "coarse"
+    settings = [*SMALL, "train.warmup=0", "model.patch_size=16", "model.level_weights=[1.0]"]
+    assert main(["train", "--run", str(coarse), *settings]) == 0
+    monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda *_, **__: 1 / 0)
+    line = error_of(["evaluate", "--run", run, "--run", coarse, "--sizes", "64", "--dense"], capsys)
+    assert "encoder 'coarse' has patches of 16 px, 'rope' of 8 px" in line
+
+
 def test_evaluate_takes_encoders_that_come_with_the_package_and_exports(run, tmp_path, monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda e, *_, **k: seen.update(e | k) or [

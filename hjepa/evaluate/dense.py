@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from ..inputs import patch_grid, size_pair
+from ..inputs import UserError, patch_grid, size_pair, size_text
 from .measures import bootstrap_interval, one_thread
 from .readers import PENALTIES
 from .transfer import EncoderLike, Pictures, Size, encode, subset
@@ -102,11 +102,13 @@ def dense_transfer(
 
     encoders return patch tokens and carry patch_size (`RawPatches` does). gallery: training pictures that the place
     reader is fitted on; queries: test pictures. Intervals are over pictures. The rows of encoder "chance" hold for
-    the patch of the first encoder. ValueError on an encoder without patches, or a size that is no multiple of one.
+    the patch of all encoders. ValueError on an encoder without patches, patches of several sides, or a size that is no
+    multiple of them.
     """
+    check_patches(encoders)
     home = size_pair(train_size)
     asked = list(dict.fromkeys([home, *map(size_pair, sizes)]))
-    grids = {name: _grids(name, encoder, [home, *asked]) for name, encoder in encoders.items()}
+    grids = {name: _grids(encoder, [home, *asked]) for name, encoder in encoders.items()}
     known, shown = subset(len(train), gallery, seed), subset(len(test), queries, seed)
     at_home = {name: encode(e, test.at_size(home, shown), pool=None, batch_size=batch_size)
                for name, e in encoders.items()}  # fmt: skip
@@ -128,11 +130,21 @@ def dense_transfer(
     return rows
 
 
-def _grids(name: str, encoder: EncoderLike, sizes: Sequence[tuple[int, int]]) -> dict[Any, tuple[int, int]]:
-    patch = getattr(encoder, "patch_size", None)
-    if patch is None:
-        raise ValueError(f"encoder {name!r} has no patch_size, so no patches to read; leave it out")
-    return {size: patch_grid(size, patch) for size in sizes}
+def check_patches(encoders: Mapping[str, EncoderLike]) -> None:
+    """ValueError unless all have patches, of one side: the baselines beside them have one."""
+    shared: tuple[str, tuple[int, int]] | None = None
+    for name, encoder in encoders.items():
+        patch = getattr(encoder, "patch_size", None)
+        if patch is None:
+            raise ValueError(f"encoder {name!r} has no patch_size, so no patches to read; leave it out")
+        first, side = shared = shared or (name, size_pair(patch))
+        if size_pair(patch) != side:
+            what = f"encoder {name!r} has patches of {size_text(patch)} px, {first!r} of {size_text(side)} px"
+            raise UserError(f"{what}: single patches are read of one side; read them one by one")
+
+
+def _grids(encoder: Any, sizes: Sequence[tuple[int, int]]) -> dict[Any, tuple[int, int]]:
+    return {size: patch_grid(size, encoder.patch_size) for size in sizes}
 
 
 def _share(apart: Tensor, k: int, dim: int | tuple[int, ...]) -> Tensor:

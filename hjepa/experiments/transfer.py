@@ -18,7 +18,7 @@ from typing import Any
 from ..build import build_encoders, load_split
 from ..config import Config, as_dicts, check_alike, config_of, load_config
 from ..evaluate.baselines import BESIDE, baselines
-from ..evaluate.dense import dense_transfer, with_pixels
+from ..evaluate.dense import check_patches, dense_transfer, with_pixels
 from ..evaluate.results import Row
 from ..evaluate.transfer import resolution_transfer, with_strategy
 from ..hub import load_run
@@ -119,6 +119,8 @@ def read_all(
     options.pop("sizes")
     simple = baselines(known, size)
     everybody = {**readers(configs, folder, strategies), **simple}
+    if dense:
+        check_patches(with_pixels(everybody))
     rows = resolution_transfer(
         everybody, known, asked, train_size=size, sizes=sizes, refit=False, progress=progress, hits=hits, **options
     )

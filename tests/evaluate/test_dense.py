@@ -119,3 +119,12 @@ def test_raw_patches_are_the_pixels_of_the_patch_in_row_major_order():
 def test_an_encoder_without_patches_is_refused():
     with pytest.raises(ValueError, match="'pixels' has no patch_size"):
         dense_transfer({"pixels": lambda x: x.flatten(1)}, Noise(4, 0), Noise(4, 1), train_size=24, sizes=[])
+
+
+def test_encoders_of_several_patch_sides_are_refused():
+    """Chance and raw pixels have one side, and would be those of one encoder alone."""
+    fine = Places()
+    fine.patch_size = 2
+    for pair in ({"coarse": Places(), "fine": fine}, {"coarse": Places(), "raw": RawPatches(2)}):
+        with pytest.raises(ValueError, match=r"has patches of 2 px, 'coarse' of 4 px: .*; read them one by one"):
+            dense_transfer(pair, Noise(4, 0), Noise(4, 1), train_size=24, sizes=[])
