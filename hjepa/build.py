@@ -4,13 +4,14 @@ Layers take plain keyword arguments; here is the one place that knows which conf
 Not covered: reading and checking configs (`hjepa.config`).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from .config import Config, as_dicts, patch_side
 from .data.images import RGB, ImageData, load_data, seeded
 from .data.views import Crops, draw_crops
-from .inputs import users_own
+from .inputs import size_pair, users_own
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
 from .nn.hjepa import HJEPA, build_projector
 from .nn.masks import BatchMasks, Masks, MaskShapes, sample_kept
@@ -109,15 +110,19 @@ def train_sizes(config: Config) -> list[int]:
     return [max(1, round(config.data.image_size * scale / patch)) * patch for scale in config.data.train_scales]
 
 
-def load_split(config: Config, split: str, repeats: int = 1) -> ImageData:
-    """The pictures of a split, as `load_data` gives them; moved ones each in `repeats` places."""
+def load_split(config: Config, split: str, repeats: int = 1, read_at: Sequence[Any] = ()) -> ImageData:
+    """The pictures of a split, as `load_data` gives them; moved ones each in `repeats` places.
+
+    read_at: sizes in pixels, beside those of training, that pictures will be read at; they have as much detail.
+    """
     options = config.data
+    halves = [(max(size_pair(size)) + 1) // 2 for size in read_at]  # `load_data` takes files of twice its image_size
     data = load_data(
         options.name,
         split,
         root=options.root,
         path=options.path,
-        image_size=max(train_sizes(config)),
+        image_size=max([*train_sizes(config), *halves]),
         limit=options.limit if split == "train" else None,
         on_corrupt=options.on_corrupt,
         moved=options.moved,

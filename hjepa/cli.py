@@ -280,7 +280,7 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
         if name in encoders:
             raise UserError(f"--run {name}: a baseline in the table has that name; rename the folder")
     size = config.data.image_size
-    splits = [load_split(config, split) for split in ("train", "test")]
+    splits = [load_split(config, split, read_at=asked or config.evaluate.sizes) for split in ("train", "test")]
     encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
     if arguments.dense:
         from .evaluate.dense import check_patches, dense_transfer, with_pixels

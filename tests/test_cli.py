@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 import hjepa
 import hjepa.evaluate.transfer
@@ -223,6 +224,22 @@ def test_other_pictures_are_read_whole_and_the_runs_own_as_trained_on(run, pictu
             assert train.classes == ["aslant", "down"] and (len(train), len(test)) == (18, 12)
         else:
             assert len(train.classes) > 2 and len(train) > 1000
+
+
+def test_large_sizes_are_read_from_files_that_have_them(run, tmp_path, monkeypatch):
+    """Imagenette comes in files of 160 and 320 px: a run trained at 64 px needs the larger ones above 160 px."""
+    for side in (160, 320):
+        for part, place in ((part, place) for part in ("train", "val") for place in ("n01440764", "n02102040")):
+            folder = tmp_path / f"imagenette2-{side}" / part / place
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (side, side), (60 * index, 0, 0)).save(folder / f"{index}.JPEG")
+    monkeypatch.setattr("hjepa.data.sources.IMAGENETTE_COUNTS", {"train": 8, "test": 8})
+    mine, seen = copy_of(run, tmp_path / "mine", name="imagenette", root=str(tmp_path)), []
+    monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda _, *splits, **__: seen.append(splits))
+    for sizes, folder in (("160", "imagenette2-160"), ("32,96x192", "imagenette2-320"), ("320", "imagenette2-320")):
+        assert main(["evaluate", "--run", str(mine), "--sizes", sizes]) == 0
+        assert [data.pictures.folder.name for data in seen.pop()] == [folder] * 2
 
 
 def test_pictures_of_one_class_train_and_are_read_without_labels(tmp_path, pictures, capsys):

@@ -114,7 +114,7 @@ def read_all(
         check_alike(f"variant {name!r}", other, repr(first), config, sizes=False)
         if name in (*BESIDE, "chance"):
             raise UserError(f"variant {name!r}: a baseline in the table has that name; give it another")
-    known, asked = load_split(config, "train"), load_split(config, split)
+    known, asked = (load_split(config, part, read_at=sizes) for part in ("train", split))
     size, options = config.data.image_size, as_dicts(config.evaluate)
     options.pop("sizes")
     simple = baselines(known, size)

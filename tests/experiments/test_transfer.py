@@ -7,6 +7,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
+from hjepa.build import load_split
 from hjepa.config import load_config
 from hjepa.experiments.sweep import load_sweep
 from hjepa.experiments.transfer import SCHEMES, read_all, readers, scheme_configs, train_all
@@ -79,6 +80,19 @@ def test_variants_that_would_be_read_with_settings_of_the_first_are_refused(tiny
     with pytest.raises(ValueError, match="variant 'other' was trained with ") as refused:
         read_all(configs, tmp_path, [16])
     assert reason in str(refused.value)
+
+
+def test_pictures_are_loaded_with_the_detail_of_the_sizes_asked(tiny, tmp_path, monkeypatch):
+    seen = []
+
+    def load(config, split, **options):
+        seen.append((split, options))
+        return load_split(config, split, **options)
+
+    monkeypatch.setattr("hjepa.experiments.transfer.load_split", load)
+    with pytest.raises(FileNotFoundError, match="is not a run"):
+        read_all({"rope": tiny()}, tmp_path, [16, 192])
+    assert seen == [(split, {"read_at": [16, 192]}) for split in ("train", "test")]
 
 
 @pytest.mark.parametrize("name", ["HOG", "raw pixels", "colour histogram", "random init", "chance"])
