@@ -325,7 +325,8 @@ def _named(runs: list[str]) -> dict[str, Path]:
 def _other_data(data: Any, arguments: argparse.Namespace) -> None:
     """Set the pictures that --data, --path and --root name; they are normalised as those trained on were.
 
-    Others than those trained on have other classes and another number: data.classes and data.limit are left out.
+    Others than those trained on have other classes and another number: data.classes and data.limit are left out, and
+    data.moved, which is about drawings.
     """
     from .data.images import DATASETS
     from .evaluate.processes import place
@@ -341,9 +342,12 @@ def _other_data(data: Any, arguments: argparse.Namespace) -> None:
     if (data.name, user_path(data.path or "").resolve()) == own:
         return
     dropped = [f"data.{key}={data[key]}" for key in ("limit", "classes") if data[key] is not None]
+    said = [f"all of them, not {', '.join(dropped)}"] if dropped else []
+    said += ["as they are, data.moved=true was dropped"] if data.moved else []
     data.limit = data.classes = None
-    if dropped and place()[0] == 0:
-        _say(f"hjepa: other pictures than those trained on, so all of them, not {', '.join(dropped)}")
+    data.moved = False
+    if said and place()[0] == 0:
+        _say(f"hjepa: other pictures than those trained on, so {'; '.join(said)}")
 
 
 def _check_path(path: str | None, data: str) -> None:

@@ -17,6 +17,7 @@ from hjepa import cli
 from hjepa.cli import main
 from hjepa.config import load_config, save_config
 from hjepa.data.images import load_data
+from hjepa.data.moved import MovedPictures
 from hjepa.evaluate.results import rows_from_csv
 from hjepa.files import hold
 from hjepa.hub import load_run
@@ -224,6 +225,18 @@ def test_other_pictures_are_read_whole_and_the_runs_own_as_trained_on(run, pictu
             assert train.classes == ["aslant", "down"] and (len(train), len(test)) == (18, 12)
         else:
             assert len(train.classes) > 2 and len(train) > 1000
+
+
+def test_other_pictures_are_not_moved(run, pictures, tmp_path, capsys, monkeypatch):
+    """A canvas of OpenMoji's mean colour around photographs would be nobody's wish."""
+    mine, seen = copy_of(run, tmp_path / "mine", limit=None, moved=True), []
+    monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda _, *splits, **__: seen.append(splits))
+    for words, moved in (([], True), (["--data", "imagefolder", "--path", str(pictures)], False)):
+        capsys.readouterr()
+        assert main(["evaluate", "--run", str(mine), "--sizes", "64", *words]) == 0
+        said = "hjepa: other pictures than those trained on, so as they are, data.moved=true was dropped"
+        assert (said in capsys.readouterr().err) is not moved
+        assert {isinstance(data.pictures, MovedPictures) for data in seen.pop()} == {moved}
 
 
 def test_large_sizes_are_read_from_files_that_have_them(run, tmp_path, monkeypatch):
