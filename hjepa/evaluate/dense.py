@@ -98,7 +98,8 @@ def dense_transfer(
     seed: int = 0,
     tags: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows as `resolution_transfer` gives them, with metrics match_0, match_1, match_2 and place.
+    """Rows as `resolution_transfer` gives them, with metrics match_0, match_1, match_2 and, on two rows and columns of
+    patches or more, place.
 
     encoders return patch tokens and carry patch_size (`RawPatches` does). gallery: training pictures that the place
     reader is fitted on; queries: test pictures. Intervals are over pictures. The rows of encoder "chance" hold for
@@ -121,7 +122,8 @@ def dense_transfer(
             tokens = encode(encoder, images, pool=None, batch_size=batch_size)
             apart = matched(tokens, at_home[name], patches_apart(grids[name][size], grids[name][home]))
             found = {f"match_{k}": _share(apart, k, 1) for k in WITHIN}
-            found["place"] = place_r2(readers[name], tokens, grids[name][size])
+            if min(grids[name][size]) > 1:  # in a single row or column there is nothing to tell apart
+                found["place"] = place_r2(readers[name], tokens, grids[name][size])
             rows += _rows({**(tags or {}), "encoder": name, "size": size}, found, seed)
         first = next(iter(grids.values()))
         blind = patches_apart(first[size], first[home])

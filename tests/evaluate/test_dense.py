@@ -128,3 +128,11 @@ def test_encoders_of_several_patch_sides_are_refused():
     for pair in ({"coarse": Places(), "fine": fine}, {"coarse": Places(), "raw": RawPatches(2)}):
         with pytest.raises(ValueError, match=r"has patches of 2 px, 'coarse' of 4 px: .*; read them one by one"):
             dense_transfer(pair, Noise(4, 0), Noise(4, 1), train_size=24, sizes=[])
+
+
+def test_places_are_not_read_in_a_single_row_or_column():
+    """R^2 of what does not vary would be minus infinity."""
+    rows = dense_transfer({"p": Places()}, Noise(4, 0), Noise(4, 1), train_size=24, sizes=[(4, 24), (24, 4), 4, 8])
+    assert {row["size"] for row in rows if row["metric"] == "place"} == {(24, 24), (8, 8)}
+    assert {row["size"] for row in rows if row["metric"] == "match_0"} == {(24, 24), (4, 24), (24, 4), (4, 4), (8, 8)}
+    assert all(abs(row["value"]) < 9 for row in rows)
