@@ -96,8 +96,10 @@ def jackknife_interval(statistic: Callable[[Tensor], float], n: int, groups: int
     """Value and 95 % interval of a statistic of n rows that is no mean; `statistic` takes row indices.
 
     Each of the groups is left out in turn; Student's t with groups - 1 degrees of freedom. (Resampling with repetition
-    would lower an effective rank.)
+    would lower an effective rank.) Fewer than three rows have no interval, one has no value either: nan.
     """
+    if n < 3:
+        return statistic(torch.arange(n)) if n == 2 else math.nan, math.nan, math.nan
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     value = statistic(torch.arange(n))
     parts = order.chunk(min(groups, n))

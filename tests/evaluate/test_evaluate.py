@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hjepa.evaluate.readers import linear_probe
+from hjepa.evaluate.results import format_table
 from hjepa.evaluate.transfer import (
     DRAWS,
     _few_of,
@@ -23,7 +24,7 @@ from hjepa.evaluate.transfer import (
     resolution_transfer,
     with_strategy,
 )
-from hjepa.inputs import UserError
+from hjepa.inputs import UserError, size_text
 from hjepa.nn.encoders import create_encoder
 
 
@@ -274,6 +275,17 @@ class Fades(PatchMeans):
         if images.shape[-1] != 8:
             images = images[:, [1, 0, 2]] * torch.tensor([1.0, 0, 1])[:, None, None]
         return super().forward(images)
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_one_test_picture_or_two_are_read_without_intervals_of_rank_spread_and_cka(queries):
+    rows = resolution_transfer(
+        {"means": PatchMeans()}, Colours(40, 0), Colours(30, 1), train_size=8, sizes=[16], queries=queries
+    )
+    ends = {(row["metric"], size_text(row["size"])): np.isnan([row["low"], row["high"]]).tolist() for row in rows}
+    for (metric, _), missing in ends.items():
+        assert missing == [metric in ("effective_rank", "feature_std", "cka")] * 2
+    assert {row["n"] for row in rows} == {queries} and "means" in format_table(rows, "cka")
 
 
 def test_transfer_of_size_independent_features_is_perfect(colour_rows):

@@ -368,6 +368,13 @@ def test_jackknife_interval_of_a_mean_equals_its_standard_error():
     assert (high - low) / 2 == pytest.approx(student.ppf(0.975, 399) * float(x.std()) / 20, rel=1e-6)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_row_or_two_have_no_jackknife_interval(n):
+    x = torch.randn(n, 5, generator=_generator(0))
+    value, *ends = jackknife_interval(lambda rows: feature_std(x[rows]), n)
+    assert np.isnan(ends).all() and (math.isnan(value) if n == 1 else value == feature_std(x))
+
+
 def test_jackknife_in_ten_groups_has_about_that_width_too():
     x = torch.randn(20000, generator=_generator(0)).double()
     widths = [jackknife_interval(lambda rows: float(x[rows].mean()), 20000, seed=s) for s in range(40)]
