@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .build import build_encoders, encoder_arguments
-from .config import Config, load_config
+from .config import Config, flat_config, load_config
 from .data.images import seeded
 from .files import user_path
 from .inputs import UserError
@@ -42,6 +42,7 @@ from .train.checkpoint import (
     read_state,
     read_weights,
     save_checkpoint,
+    trained_config,
     weights_at,
     write_json,
     write_weights,
@@ -65,13 +66,13 @@ def is_export(folder: Path) -> bool:
 
 
 def load_run(run_dir: str | Path, which: str = "target") -> tuple[Encoder, Config]:
-    """The encoder of a run's newest whole checkpoint, in eval mode, and the run's config.
+    """The encoder of a run's newest whole checkpoint, built as it was trained, in eval mode, and the run's config.
 
     which: "target" or "context".
 
     Raises:
         FileNotFoundError: run_dir is not a run, or has no checkpoint.
-        ValueError: another `which`, or a damaged checkpoint, named.
+        ValueError: another `which`, a damaged checkpoint, or a config.yaml that is not what was trained, named.
     """
     if which not in WHICH:
         raise UserError(f"which={which!r} is not one of {', '.join(WHICH)}")
@@ -86,9 +87,20 @@ def _load_run(run_dir: Path, which: str) -> tuple[Encoder, Config, dict[str, Any
     path = latest_checkpoint(run_dir)
     if path is None:
         raise FileNotFoundError(f"{run_dir} has no checkpoint")
-    encoder = _pick(build_encoders(config), which)
+    trained = trained_config(path) or config
+    _check_unedited(run_dir / "config.yaml", flat_config(config), flat_config(trained))
+    encoder = _pick(build_encoders(trained), which)
     _load(encoder, read_model(path, f"{which}_encoder."), weights_at(path))
     return encoder.eval(), config, read_state(path)
+
+
+def _check_unedited(file: Path, found: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Refuse a config of other encoders or pictures than those trained; pictures may have moved."""
+    for key in found:
+        bound = key.startswith(("model.", "data.", "objective")) and key not in ("data.root", "data.path")
+        if bound and found[key] != trained[key]:
+            what = f"{file} has {key}={found[key]}, but the run was trained with {key}={trained[key]}"
+            raise UserError(f"{what}; set it back")
 
 
 def _pick(encoders: tuple[ContextEncoder, TargetEncoder], which: str) -> Encoder:

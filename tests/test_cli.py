@@ -1,5 +1,6 @@
 """The command line: a mistake is one line and 2, a failure one line and 1, Ctrl-C one line and 130."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,12 +16,13 @@ import hjepa
 import hjepa.evaluate.transfer
 from hjepa import cli
 from hjepa.cli import main
-from hjepa.config import load_config, save_config
+from hjepa.config import as_dicts, load_config, save_config
 from hjepa.data.images import load_data
 from hjepa.data.moved import MovedPictures
 from hjepa.evaluate.results import rows_from_csv
 from hjepa.files import hold
 from hjepa.hub import load_run
+from hjepa.train.checkpoint import _digest_of
 
 SMALL = [
     "train.steps=2", "train.batch_size=8", "train.threads=1", "data.limit=32", "model.depth=1",
@@ -92,6 +94,23 @@ def test_resume_reads_the_runs_own_config(run, capsys):
     assert "train.lr" in error_of(["train", "--run", run, "--resume", "train.lr=0.5"], capsys)
 
 
+def test_a_config_file_that_was_edited_is_not_believed_over_the_checkpoint(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run/config.yaml"
+    save_config(load_config(file, ["model.rope.theta=100", "train.steps=3"]), file)
+    line = error_of(["train", "--run", tmp_path / "run", "--resume"], capsys)
+    assert line.endswith("it was started with model.rope.theta=10000.0, not 100.0")
+    for words in (["evaluate", "--run", tmp_path / "run"], ["export", tmp_path / "run", tmp_path / "out"]):
+        line = error_of(words, capsys)
+        assert "config.yaml has model.rope.theta=100.0, but the run was trained with model.rope.theta=10000.0" in line
+    save_config(load_config(run / "config.yaml", ["train.steps=3", "train.lr=0.5"]), file)
+    assert "started with train.lr=0.02, not 0.5" in error_of(["train", "--run", tmp_path / "run", "--resume"], capsys)
+    save_config(load_config(run / "config.yaml", ["train.steps=3", "data.root=other", "evaluate.sizes=[32]"]), file)
+    assert load_run(tmp_path / "run")[1].evaluate.sizes == [32]
+    assert main(["train", "--run", str(tmp_path / "run"), "--resume"]) == 0
+    assert "follows the schedule of a run of 3 steps" in capsys.readouterr().err
+
+
 def test_train_without_a_folder_makes_a_fresh_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -159,6 +178,9 @@ def copy_of(run, folder, section="data", **settings):
     config = load_config(run / "config.yaml")
     config[section].update(settings)
     save_config(config, folder / "config.yaml")
+    for file in folder.glob("checkpoints/*/state.json"):
+        state = json.loads(file.read_text()) | {"config": as_dicts(config)}
+        file.write_text(json.dumps(state | {"self": _digest_of(state)}))
     return folder
 
 

@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config import Config, config_of
 from ..files import json_text, write_whole
 from ..inputs import UserError
 from . import shards
@@ -284,6 +284,12 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     if problem:
         raise CheckpointError(f"{run_dir} has no whole checkpoint: {problem}")
     return None
+
+
+def trained_config(path: str | Path) -> Config | None:
+    """The config that a checkpoint was trained with; None where it holds none."""
+    tree = read_state(path)["config"]
+    return config_of(tree, str(Path(path) / STATE)) if tree else None
 
 
 def verify(run_dir: str | Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from ..config import Config, flat_config, load_config
 from ..files import json_text, read_json, write_whole
 from ..inputs import UserError
 from ..versions import differences, versions
+from .checkpoint import trained_config
 
 
 class RunLog:
@@ -148,9 +149,10 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
-def check_run_dir(config: Config, run_dir: Path, resume: bool) -> str:
+def check_run_dir(config: Config, run_dir: Path, resume: bool, newest: Path | None = None) -> str:
     """Refuse to mix two runs in one folder. UserError naming the folder or the first key that differs.
 
+    newest: the newest whole checkpoint. Its config is what was trained, whatever config.yaml says by now.
     A regularizer and the loss of views are statistics of the micro-batch: with them train.accumulate is a part of the
     objective and must not change.
     Returns what a user should know of a run that goes on for more steps, "" otherwise.
@@ -158,9 +160,12 @@ def check_run_dir(config: Config, run_dir: Path, resume: bool) -> str:
     saved = any((run_dir / "checkpoints").glob("step_*"))
     if saved and not resume:
         raise UserError(f"{run_dir} already holds a run; resume it, or choose another folder")
-    if not saved or not (run_dir / "config.yaml").exists():
+    trained = trained_config(newest) if newest else None
+    if trained is None and saved and (run_dir / "config.yaml").exists():
+        trained = load_config(run_dir / "config.yaml")
+    if trained is None:
         return ""
-    before, now = (flat_config(c) for c in (load_config(run_dir / "config.yaml"), config))
+    before, now = flat_config(trained), flat_config(config)
     whole = config.loss.regularizer == "none" and config.objective in ("masks", "labels")
     bound = () if whole else ("train.accumulate",)
     steps, more = before["train.steps"], now["train.steps"]

@@ -118,7 +118,8 @@ class _Run:
     def __init__(self, config: Config, run_dir: Path, resume: bool, progress: bool):
         self.config, self.run_dir = config, run_dir
         options = config.train
-        note = check_run_dir(config, run_dir, resume)
+        self.last_good = latest_checkpoint(run_dir) if resume else None
+        note = check_run_dir(config, run_dir, resume, self.last_good)
         torch.set_num_threads(options.threads)
         if options.tf32:
             torch.set_float32_matmul_precision("high")
@@ -145,7 +146,6 @@ class _Run:
         self.lazy = self.accelerator.device.type != "cpu"  # a number is read when it is logged
         self.broken: dict[str, Tensor] = {}  # by name: step and value of the first that was not finite
         self.writing: tuple[int, Callable[[], Path]] | None = None  # the step of a checkpoint that is not there yet
-        self.last_good = latest_checkpoint(run_dir) if resume else None
         self.start = self._build()
         self.accelerator.wait_for_everyone()
         if self.main:

@@ -260,6 +260,24 @@ def test_load_run_gives_the_encoder_of_the_newest_checkpoint(tiny, tmp_path, whi
         load_run(tmp_path, "teacher")
 
 
+@pytest.mark.parametrize("edit", ["model.num_heads=1", "objective=views", "data.image_size=64"])
+def test_an_encoder_is_built_as_trained_and_a_config_file_that_says_otherwise_is_refused(tiny, tmp_path, edit):
+    make_run(tiny(*ROPE), tmp_path)
+    save_config(tiny(*ROPE, edit), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=rf"config.yaml has {edit}, but the run was trained with"):
+        load_run(tmp_path)
+    save_config(tiny(*ROPE, "data.path=moved", "train.steps=99"), tmp_path / "config.yaml")
+    assert load_run(tmp_path)[1].data.path == "moved"
+
+
+def test_a_checkpoint_without_a_config_is_read_by_the_config_file(tiny, tmp_path):
+    model, _ = make_run(tiny(*ROPE), tmp_path)
+    file = latest_checkpoint(tmp_path) / "state.json"
+    state = json.loads(file.read_text()) | {"config": {}}
+    file.write_text(json.dumps(state | {"self": storage._digest_of(state)}))
+    assert same(load_run(tmp_path)[0].state_dict(), model.target_encoder.state_dict())
+
+
 def test_what_is_not_a_run_is_said(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a run: it has no config.yaml"):
         load_run(tmp_path)
