@@ -41,7 +41,7 @@ from ..data.images import ImageData
 from ..evaluate.measures import effective_rank, feature_std
 from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
-from ..files import hold, user_path
+from ..files import hold, read_json, user_path
 from ..inputs import UserError, patch_grid
 from ..nn.encoders import TargetEncoder, check_positions
 from ..nn.hjepa import HJEPA
@@ -77,6 +77,7 @@ def train(config: Config, run_dir: str | Path, *, resume: bool = False, progress
     run_dir gets config.yaml, log.jsonl, log.csv, checkpoints/ and metrics.json. With resume=True it continues from
     the newest whole checkpoint, bit for bit on a CPU (from the start if there is none yet).
 
+    The record of a run that has no step left to train stays as it is.
     The folder is held against other processes while this runs; the caller's random state and number of threads stay.
 
     Raises:
@@ -153,9 +154,16 @@ class _Run:
             save_config(config, run_dir / "config.yaml")
             processor = {"processor": torch.cuda.get_device_name()} if self.accelerator.device.type == "cuda" else {}
             precision = self.accelerator.mixed_precision
-            self.versions = note_versions(run_dir, self.start, precision=precision, **processor)
+            self.record = self._finished()
+            if not self.record:
+                self.versions = note_versions(run_dir, self.start, precision=precision, **processor)
             keep = self.start if self.last_good else -1
             self.log = RunLog(run_dir, keep, log_columns(len(config.model.level_weights)), options.tensorboard)
+
+    def _finished(self) -> dict[str, Any]:
+        """The record of a run that has no step left to train; {} where there is one, or no record of the last."""
+        record = read_json(self.run_dir / "metrics.json") if self.start >= self.config.train.steps else None
+        return record if isinstance(record, dict) and record.get("steps") == self.start else {}
 
     def _build(self) -> int:
         """Model and optimiser, new or from the last good checkpoint; returns the number of finished steps."""
@@ -396,7 +404,7 @@ class _Run:
         metrics: dict[str, Any] = {}
         if self.main:
             encoder = self.unwrapped.context_encoder
-            metrics = {
+            metrics = self.record or {
                 **summary(self.log.rows),
                 "width": encoder.embed_dim,
                 "parameters": sum(p.numel() for p in encoder.parameters()),
@@ -404,7 +412,8 @@ class _Run:
                 "seconds": round(seconds, 1),  # of this call: a resumed run counts from its resumption
                 "versions": self.versions,
             }
-            write_json(self.run_dir / "metrics.json", metrics)
+            if not self.record:
+                write_json(self.run_dir / "metrics.json", metrics)
             self.log.close()
         self.accelerator.wait_for_everyone()
         if self.group is not None:

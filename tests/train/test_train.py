@@ -25,6 +25,7 @@ from hjepa.nn.encoders import TargetEncoder
 from hjepa.nn.hjepa import HJEPA
 from hjepa.pretrained import WEIGHTS, load_pretrained
 from hjepa.train import checkpoint as storage
+from hjepa.train import log as log_module
 from hjepa.train import loop as train_module
 from hjepa.train.log import read_log
 from hjepa.train.loop import TrainingDiverged, train
@@ -69,7 +70,7 @@ def test_a_run_records_what_made_it_and_resuming_under_other_versions_warns(tiny
     record[0]["timm"] = "1.0.1"
     (run / "versions.json").write_text(json.dumps(record))
     with pytest.warns(UserWarning, match=r"goes on with other versions.*timm 1\.0\.1, now"):
-        train(tiny("train.steps=6"), run, resume=True, progress=False)
+        train(tiny("train.steps=8"), run, resume=True, progress=False)
     assert len(json.loads((run / "versions.json").read_text())) == 2
 
 
@@ -358,7 +359,21 @@ def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):
     before = weights(tmp_path), untimed(tmp_path)
     again = train(config, tmp_path, resume=True, progress=False)
     assert (weights(tmp_path), untimed(tmp_path)) == before
-    assert first | {"seconds": 0} == again | {"seconds": 0}
+    assert first == again
+
+
+def test_the_record_of_a_finished_run_stays_as_it_is_when_the_run_is_called_again(tiny, tmp_path, monkeypatch):
+    files = tmp_path / "metrics.json", tmp_path / "versions.json"
+    train(tiny("train.steps=4"), tmp_path, progress=False)
+    before = [file.read_bytes() for file in files]
+    other = log_module.versions
+    monkeypatch.setattr(log_module, "versions", lambda **more: other(**more) | {"torch": "9.9"})
+    again = train(tiny("train.steps=4"), tmp_path, resume=True, progress=False)
+    assert [file.read_bytes() for file in files] == before and again == json.loads(before[0])
+    monkeypatch.undo()
+    files[0].write_text(json.dumps(again | {"steps": 2}))  # of a shorter run, from before it went on
+    assert train(tiny("train.steps=4"), tmp_path, resume=True, progress=False)["steps"] == 4
+    assert json.loads(files[0].read_text())["steps"] == 4
 
 
 def test_a_run_is_not_overwritten_and_not_continued_with_other_settings(tiny, tmp_path):
