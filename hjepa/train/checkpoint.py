@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -140,7 +141,7 @@ def _finish(
     write_json(temporary / STATE, state)
     parent = temporary.parent
     final = _put_in_place(temporary, parent / f"step_{step:08d}")
-    earlier = [path for path in _steps(parent) if path.name <= final.name]
+    earlier = [path for path in saved_steps(parent) if _number(path) <= step]
     for old in [*earlier[: -config.train.keep_checkpoints], *parent.glob(".tmp-*")]:  # the latter from crashes
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -223,8 +224,14 @@ def _digest_of(state: Mapping[str, Any]) -> str:
 # ---- reading
 
 
-def _steps(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.glob("step_*") if path.is_dir())
+def saved_steps(parent: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; a copy under a name of its own, step_00000250_best, is none."""
+    named = [path for path in parent.glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", path.name) and path.is_dir()]
+    return sorted(named, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -272,7 +279,7 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     Each damaged newer one is named in a warning and left where it is. CheckpointError if all are damaged.
     """
     problem = None
-    for path in reversed(_steps(Path(run_dir) / "checkpoints")):
+    for path in reversed(saved_steps(Path(run_dir) / "checkpoints")):
         try:
             read_state(path)
         except CheckpointError as error:
@@ -300,7 +307,7 @@ def verify(run_dir: str | Path) -> dict[str, str]:
     """
     _read_sha256.cache_clear()
     found = {}
-    for path in _steps(Path(run_dir) / "checkpoints"):
+    for path in saved_steps(Path(run_dir) / "checkpoints"):
         try:
             read_state(path)
             found[path.name] = ""

@@ -20,7 +20,7 @@ from ..config import Config, flat_config, load_config
 from ..files import json_text, read_json, write_whole
 from ..inputs import UserError
 from ..versions import differences, versions
-from .checkpoint import trained_config
+from .checkpoint import saved_steps, trained_config
 
 
 class RunLog:
@@ -157,7 +157,7 @@ def check_run_dir(config: Config, run_dir: Path, resume: bool, newest: Path | No
     objective and must not change.
     Returns what a user should know of a run that goes on for more steps, "" otherwise.
     """
-    saved = any((run_dir / "checkpoints").glob("step_*"))
+    saved = bool(saved_steps(run_dir / "checkpoints"))
     if saved and not resume:
         raise UserError(f"{run_dir} already holds a run; resume it, or choose another folder")
     trained = trained_config(newest) if newest else None

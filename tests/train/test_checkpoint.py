@@ -145,6 +145,19 @@ def test_a_crash_while_writing_is_invisible_and_cleaned_up_later(tiny, tmp_path,
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000010", "step_00000020"]
 
 
+def test_a_users_copy_of_a_checkpoint_is_neither_removed_nor_taken_for_the_newest(tiny, tmp_path):
+    model, optimizer = make_run(tiny(), tmp_path)
+    saved = tmp_path / "checkpoints"
+    for name in ("step_00000005_best", "step_00000010_best"):
+        shutil.copytree(saved / name[:13], saved / name)
+    assert latest_checkpoint(tmp_path).name == "step_00000010"
+    for step in (99_999_999, 100_000_000):
+        save_checkpoint(tmp_path, step, model, optimizer, tiny())
+    names = ["step_00000005_best", "step_00000010_best", "step_100000000", "step_99999999"]
+    assert sorted(path.name for path in saved.iterdir()) == names
+    assert latest_checkpoint(tmp_path).name == "step_100000000"
+
+
 def test_as_many_checkpoints_stay_as_the_config_says(tiny, tmp_path):
     config = tiny("train.keep_checkpoints=3")
     model, optimizer = make_run(config, tmp_path)
