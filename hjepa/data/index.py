@@ -64,6 +64,21 @@ def take(values: Any, rows: Sequence[int]) -> Any:
     return [values[i] for i in rows]
 
 
+def digest(names: Sequence[str]) -> str:
+    """SHA-256 of names in their order, the same of `Names` and of a list."""
+    if isinstance(names, Names):
+        lengths = names.ends - names.starts
+        whole = np.array_equal(names.starts[1:], names.ends[:-1]) and len(names)  # they lie one after another
+        pairs = [(names.starts[0], names.ends[-1])] if whole else zip(names.starts, names.ends, strict=True)
+        parts = [names.text[start:end].tobytes() for start, end in pairs]
+    else:
+        parts = [os.fsencode(name) for name in names]
+        lengths = np.array([len(part) for part in parts])
+    found = hashlib.sha256(lengths.astype("<i8").tobytes())
+    found.update(b"".join(parts))
+    return found.hexdigest()
+
+
 class Index(NamedTuple):
     """The pictures of one split, training or test. cut: so many are for training, those after them for validation."""
 

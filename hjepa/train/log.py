@@ -13,10 +13,13 @@ import json
 import math
 import statistics
 import warnings
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, flat_config, load_config
+from ..data.images import ImageData
+from ..data.index import digest
 from ..files import json_text, read_json, write_whole
 from ..inputs import UserError
 from ..versions import differences, versions
@@ -176,3 +179,24 @@ def check_run_dir(config: Config, run_dir: Path, resume: bool, newest: Path | No
     if more == steps:
         return ""
     return f"{run_dir} was to end at step {steps}; from here on it follows the schedule of a run of {more} steps"
+
+
+def pictures_of(data: ImageData) -> dict[str, Any]:
+    """What a checkpoint keeps of the training pictures: their number, class names and a SHA-256 of their ids."""
+    return {"number": len(data), "classes": list(data.classes), "ids": digest(data.ids)}
+
+
+def check_pictures(run_dir: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Refuse to go on with other pictures than before (`pictures_of`). None: an older checkpoint, which kept nothing.
+
+    Raises:
+        ValueError: other classes, another number or other ids.
+    """
+    if not before or before == now:
+        return
+    classes = zip_longest(before["classes"], now["classes"])
+    then, here = next(((a, b) for a, b in classes if a != b), (None, None))
+    what = f"not the {now['number']} of {len(now['classes'])} classes found now"
+    what += f", with class {here or 'none'} in place of {then or 'none'}" if then != here else ", other files"
+    what = f"it was trained on {before['number']} pictures of {len(before['classes'])} classes, {what}"
+    raise UserError(f"cannot resume {run_dir}: {what}; give those pictures back, as data.path or data.root")

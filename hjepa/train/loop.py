@@ -56,7 +56,7 @@ from .checkpoint import (
     write_json,
 )
 from .feed import Feed
-from .log import RunLog, check_run_dir, log_columns, note_versions, summary
+from .log import RunLog, check_pictures, check_run_dir, log_columns, note_versions, pictures_of, summary
 from .optimizer import build_optimizer
 from .schedule import generator_at, lr_at, mix, share
 from .sharding import fsdp_plugin, is_sharded, prepare, whole_weights
@@ -141,6 +141,9 @@ class _Run:
             for micro in range(options.accumulate)
         ]
         self.train_data, self.validation_data = (load_split(config, split) for split in ("train", "validation"))
+        self.pictures = pictures_of(self.train_data)
+        if self.last_good:
+            check_pictures(run_dir, read_state(self.last_good)["extra"].get("pictures"), self.pictures)
         if note and self.progress:
             tqdm.write(note, file=sys.stderr)
         self.held_out: tuple[Tensor, ...] | None = None
@@ -376,6 +379,7 @@ class _Run:
         self.settle()
         optimizer = self.optimizer.optimizer
         extra: dict[str, Any] = {"mean": list(self.train_data.mean), "std": list(self.train_data.std)}
+        extra["pictures"] = self.pictures
         if self.accelerator.scaler is not None:
             extra["scaler"] = self.accelerator.scaler.state_dict()
         arguments = (self.run_dir, step, self.unwrapped, optimizer, self.config, extra)

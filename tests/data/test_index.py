@@ -83,6 +83,18 @@ def test_an_index_changes_no_picture_label_or_split(tmp_path, monkeypatch, layou
     assert len(calls) == 2  # train with validation, and test
 
 
+@pytest.mark.parametrize("wish", WISHES)
+def test_the_digest_of_the_pictures_is_the_same_with_an_index(tmp_path, monkeypatch, wish):
+    folder = pictures(tmp_path / "p")
+    listed = load_data("imagefolder", path=folder, root=tmp_path / "r", **wish).ids
+    monkeypatch.setattr(index, "FEWEST", 1)
+    mapped = load_data("imagefolder", path=folder, root=tmp_path / "r", **wish).ids
+    assert isinstance(mapped, index.Names) and not isinstance(listed, index.Names)
+    assert index.digest(mapped) == index.digest(listed)
+    others = [[*listed[1:], listed[0]], [*listed[:-1], listed[-1] + "x"], list(listed[1:]), ["".join(listed)]]
+    assert len({index.digest(names) for names in [listed, *others]}) == 5
+
+
 def by_hash(names, share, least):
     """The split as the rule has it: in each class the names with the smallest SHA-256 of their paths."""
     chosen = set()

@@ -155,6 +155,43 @@ def test_a_run_goes_on_with_pictures_that_were_moved(tiny, tmp_path, pictures):
     train(tiny("train.steps=6", f"data.path={tmp_path / 'moved'}"), tmp_path / "run", resume=True, progress=False)
 
 
+def own_pictures(pictures, folder):
+    """A copy of the pictures without folders of splits."""
+    return shutil.copytree(pictures / "train", folder)
+
+
+@pytest.mark.parametrize("change", ["a class renamed", "a picture more", "a picture renamed"])
+def test_a_run_does_not_go_on_with_other_pictures(tiny, tmp_path, pictures, change):
+    mine = own_pictures(pictures, tmp_path / "mine")
+    config = tiny("train.steps=6", "train.checkpoint_every=3", f"data.path={mine}")
+    train(config, tmp_path / "run", progress=False)
+    number = len(load_split(config, "train"))
+    if change == "a class renamed":
+        (mine / "down").rename(mine / "up")
+        found = r"not the \d+ of 2 classes found now, with class up in place of down"
+    elif change == "a picture more":
+        for index in range(20, 24):
+            shutil.copy(mine / "down/0.png", mine / f"down/{index}.png")
+        found = rf"not the {number + 2} of 2 classes found now, other files"
+    else:
+        for file in list((mine / "down").iterdir()):
+            file.rename(file.with_name(f"other{file.name}"))
+        found = rf"not the {number} of 2 classes found now, other files"
+    with pytest.raises(ValueError, match=rf"cannot resume .*trained on {number} pictures of 2 classes, {found}; give"):
+        train(tiny("train.steps=8", f"data.path={mine}"), tmp_path / "run", resume=True, progress=False)
+
+
+def test_a_run_of_an_older_version_that_kept_nothing_of_its_pictures_goes_on(tiny, tmp_path, pictures):
+    mine = own_pictures(pictures, tmp_path / "mine")
+    train(tiny("train.steps=2", f"data.path={mine}"), tmp_path / "run", progress=False)
+    file = latest_checkpoint(tmp_path / "run") / "state.json"
+    state = json.loads(file.read_text())
+    del state["extra"]["pictures"]
+    file.write_text(json.dumps(state | {"self": storage._digest_of(state)}))
+    (mine / "down").rename(mine / "up")
+    train(tiny("train.steps=3", f"data.path={mine}"), tmp_path / "run", resume=True, progress=False)
+
+
 # ---- late stops
 
 
