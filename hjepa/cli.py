@@ -268,6 +268,8 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     from .build import build_encoders, load_split
     from .config import as_dicts, check_alike
     from .evaluate.baselines import BESIDE, baselines
+    from .evaluate.processes import place
+    from .hub import changed_pictures
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
     loaded = {name: _encoder_of(folder, arguments.which or "target") for name, folder in _named(arguments.run).items()}
@@ -281,6 +283,9 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
             raise UserError(f"--run {name}: a baseline in the table has that name; rename the folder")
     size = config.data.image_size
     splits = [load_split(config, split, read_at=asked or config.evaluate.sizes) for split in ("train", "test")]
+    for folder in _named(arguments.run).values():
+        if place()[0] == 0 and (note := changed_pictures(folder, splits[0], config.data)):
+            _say(f"hjepa: {note}")
     encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
     if arguments.dense:
         from .evaluate.dense import check_patches, dense_transfer, with_pixels

@@ -18,6 +18,7 @@ Not covered: export of the predictor.
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from .build import build_encoders, encoder_arguments
-from .config import Config, flat_config, load_config
-from .data.images import seeded
+from .config import Config, DataConfig, flat_config, load_config
+from .data.images import ImageData, seeded
 from .files import user_path
 from .inputs import UserError
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
@@ -47,6 +48,7 @@ from .train.checkpoint import (
     write_json,
     write_weights,
 )
+from .train.log import pictures_of
 
 __all__ = [
     "CheckpointError", "build_encoders", "export_encoder", "latest_checkpoint", "load_checkpoint", "load_pretrained",
@@ -101,6 +103,25 @@ def _check_unedited(file: Path, found: dict[str, Any], trained: dict[str, Any]) 
         if bound and found[key] != trained[key]:
             what = f"{file} has {key}={found[key]}, but the run was trained with {key}={trained[key]}"
             raise UserError(f"{what}; set it back")
+
+
+def changed_pictures(folder: Path, data: ImageData, options: DataConfig) -> str:
+    """A line for the reader of a run where the training pictures found now are not those it was trained on, else "".
+
+    data: the training split that `options` name. Exports and checkpoints of older versions do not know theirs, and
+    another data set or folder than the run's own is no change.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged checkpoints `load_run` has said
+        path = None if is_export(folder) else latest_checkpoint(folder)
+    before = read_state(path)["extra"].get("pictures") if path else None
+    own = load_config(folder / "config.yaml").data if before else options
+    same = [(each.name, user_path(each.path or "").resolve()) for each in (own, options)]
+    now = pictures_of(data)
+    if not before or same[0] != same[1] or before == now:
+        return ""
+    those = f"those that {folder.name} was trained on ({before['number']})"
+    return f"the training pictures found now ({now['number']}) are not {those}: test pictures may be among them"
 
 
 def _pick(encoders: tuple[ContextEncoder, TargetEncoder], which: str) -> Encoder:

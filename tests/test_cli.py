@@ -173,13 +173,14 @@ def test_evaluate_takes_encoders_that_come_with_the_package_and_exports(run, tmp
 
 
 def copy_of(run, folder, section="data", **settings):
-    """A run of the same weights whose config has other settings."""
+    """A run of the same weights whose config has other settings, and which kept nothing of its pictures."""
     shutil.copytree(run, folder)
     config = load_config(run / "config.yaml")
     config[section].update(settings)
     save_config(config, folder / "config.yaml")
     for file in folder.glob("checkpoints/*/state.json"):
         state = json.loads(file.read_text()) | {"config": as_dicts(config)}
+        state["extra"].pop("pictures", None)
         file.write_text(json.dumps(state | {"self": _digest_of(state)}))
     return folder
 
@@ -275,6 +276,24 @@ def test_large_sizes_are_read_from_files_that_have_them(run, tmp_path, monkeypat
     for sizes, folder in (("160", "imagenette2-160"), ("32,96x192", "imagenette2-320"), ("320", "imagenette2-320")):
         assert main(["evaluate", "--run", str(mine), "--sizes", sizes]) == 0
         assert [data.pictures.folder.name for data in seen.pop()] == [folder] * 2
+
+
+def test_a_folder_that_changed_since_training_is_said_at_evaluation(run, pictures, tmp_path, capsys, monkeypatch):
+    folder, mine = shutil.copytree(pictures / "train", tmp_path / "pictures"), tmp_path / "mine"
+    words = ["train", "--run", mine, *SMALL, "data.name=imagefolder", f"data.path={folder}", "data.limit=null"]
+    assert main([str(word) for word in words]) == 0
+    monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda *_, **__: [])
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    for count in range(20, 24):
+        shutil.copy(folder / "down/0.png", folder / f"down/{count}.png")
+    said = "hjepa: the training pictures found now (16) are not those that mine was trained on (14): test pictures may"
+    for words, expected in (([], [f"{said} be among them"]), (["--path", moved], []), (["--data", "openmoji"], [])):
+        capsys.readouterr()
+        assert main([str(word) for word in ["evaluate", "--run", mine, "--sizes", "64", *words]]) == 0
+        assert capsys.readouterr().err.splitlines() == expected
+    shutil.rmtree(folder)
+    moved.rename(folder)
+    assert main(["evaluate", "--run", str(mine), "--sizes", "64"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_pictures_of_one_class_train_and_are_read_without_labels(tmp_path, pictures, capsys):
