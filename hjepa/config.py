@@ -438,6 +438,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
         batch, parts = values["train.batch_size"], values["train.accumulate"]
         if batch < 2 * parts:
             raise UserError(f"train.batch_size={batch} in train.accumulate={parts} parts: views need 2 or more each")
+        if values["loss.teacher"] and values["loss.view_loss"] == "contrastive" and large == 1:
+            what = "views.large=1 has no other large view for loss.teacher=true to compare it with"
+            raise UserError(f"{what}; nearest: views.large=2")
+    _check_spread(values)
     if (values["loss.regularizer"] == "none") != (values["loss.regularizer_weight"] == 0):
         pair = f"loss.regularizer={values['loss.regularizer']} and loss.regularizer_weight"
         raise UserError(f"{pair}={values['loss.regularizer_weight']} do nothing: set both, such as variance and 0.3")
@@ -466,6 +470,15 @@ def check_alike(name: str, config: Config, first: str, shared: Config, *, sizes:
             near = "give --sizes" if key == "evaluate.sizes" else "read them one by one"
             what = f"{key}={own[key]}, {first} with {others[key]}; {near}"
             raise UserError(f"{name} was trained with other {key.partition('.')[0]} settings: {what}")
+
+
+def _check_spread(values: Mapping[str, Any]) -> None:
+    """The variance regularizer needs two images to differ."""
+    batch, parts = values["train.batch_size"], values["train.accumulate"]
+    images = batch // parts * (1 if values["objective"] == "masks" else values["views.large"])
+    if values["loss.regularizer"] == "variance" and images < 2:
+        what = f"train.batch_size={batch} in train.accumulate={parts} parts: loss.regularizer=variance needs 2 or more"
+        raise UserError(f"{what} each; nearest: train.batch_size={2 * parts}")
 
 
 def patch_side(encoder_type: str, patch_size: int | None) -> int:

@@ -201,6 +201,26 @@ def test_wrong_overrides_get_one_line_with_the_right_thing(override, reason):
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_one_large_view_without_another_to_be_compared_with_is_refused():
+    one = ["objective=views", "views.large=1", "loss.teacher=true"]
+    for objective in ("views", "both"):
+        with pytest.raises(ValueError, match=r"^views.large=1 has no other large view for .*; nearest: views.large=2$"):
+            load_config(None, [*one, f"objective={objective}"])
+    for other in ("views.large=2", "loss.teacher=false", "loss.view_loss=variance", "objective=masks"):
+        load_config(None, [*one, other])
+
+
+def test_a_variance_of_one_image_is_refused():
+    one = ["loss.regularizer=variance", "loss.regularizer_weight=0.3", "train.batch_size=4", "train.accumulate=4"]
+    what = r"^train.batch_size=4 in train.accumulate=4 parts: .*variance needs 2 or more each; .*train.batch_size=8$"
+    for words in (one, [*one, "objective=labels", "views.large=1"]):
+        with pytest.raises(ValueError, match=what):
+            load_config(None, words)
+    for other in ("train.accumulate=2", "objective=labels"):
+        load_config(None, [*one, other])
+    load_config(None, [*one[:1], "loss.regularizer=sketched_gaussian", *one[1:]])
+
+
 def test_a_retired_key_of_an_older_run_is_read_unless_it_asks_for_something_else(tmp_path):
     assert load_config(write(tmp_path, "loss: {views_weight: 1.0}")) == load_config()
     with pytest.raises(ValueError, match=r"loss.views_weight=0.5 is no longer a key; what is done is .*=1.0"):

@@ -141,6 +141,11 @@ class _Run:
             for micro in range(options.accumulate)
         ]
         self.train_data, self.validation_data = (load_split(config, split) for split in ("train", "validation"))
+        number, batch = len(self.train_data), options.batch_size
+        if config.objective in ("views", "both") and number < batch and not self.last_good:
+            what = f"train.batch_size={batch} is more than the {number} training pictures"
+            parts = options.accumulate * self.accelerator.num_processes
+            raise UserError(f"{what}: one would be told apart from itself; nearest: {number // parts * parts or parts}")
         self.pictures = pictures_of(self.train_data)
         if self.last_good:
             check_pictures(run_dir, read_state(self.last_good)["extra"].get("pictures"), self.pictures)

@@ -55,6 +55,16 @@ def test_resume_is_bitwise_equal(tiny, tmp_path, objective):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("objective", ["views", "both"])
+def test_a_batch_that_holds_a_picture_twice_is_refused_where_pictures_are_told_apart(tiny, tmp_path, objective):
+    few = ("train.steps=1", "train.batch_size=8", "data.limit=7")
+    with pytest.raises(UserError, match=r"train.batch_size=8 is more than the 7 training pictures: .*; nearest: 7$"):
+        train(tiny(*VIEWS, *few, f"objective={objective}"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run/config.yaml").exists()
+    for other in ("objective=masks", "objective=labels", "data.limit=8"):
+        train(tiny(*VIEWS, *few, f"objective={objective}", other), tmp_path / other, progress=False)
+
+
 def test_labels_overfit_one_batch(tiny):
     config = tiny("objective=labels", "views.large_scale=[1.0, 1.0]", "views.color_jitter=0", "views.grey=0")
     model = build_model(config, 2).train()
