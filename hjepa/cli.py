@@ -267,6 +267,7 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
 
     from .build import build_encoders, load_split
     from .config import as_dicts, check_alike
+    from .data.images import left_out
     from .evaluate.baselines import BESIDE, baselines
     from .evaluate.processes import place
     from .hub import changed_pictures
@@ -298,6 +299,8 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     rows = _read(encoders, splits, options, arguments, about)
     if arguments.dense and rows:
         rows += dense_transfer(with_pixels(encoders), *splits, train_size=size, sizes=options["sizes"])
+    if place()[0] == 0 and (note := left_out(*splits)):
+        _say(f"hjepa: {note}")
     return _show_rows(rows, arguments)
 
 

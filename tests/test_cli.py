@@ -296,6 +296,21 @@ def test_a_folder_that_changed_since_training_is_said_at_evaluation(run, picture
     assert main(["evaluate", "--run", str(mine), "--sizes", "64"]) == 0 and capsys.readouterr().err == ""
 
 
+def test_picture_files_left_out_are_said_after_training_and_evaluation(pictures, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    words = [*SMALL, "data.name=imagefolder", f"data.path={folder}", "data.limit=null", "data.on_corrupt=skip"]
+    assert main(["train", "--run", str(tmp_path / "whole"), *words]) == 0
+    assert "left out" not in capsys.readouterr().err
+    for file in ("train/across/3.png", "train/across/4.png", "test/down/5.png"):
+        (folder / file).write_bytes(b"no picture")
+    assert main(["train", "--run", str(tmp_path / "run"), *words]) == 0
+    said = "2 image files cannot be read and were left out, train/across/3.png first"
+    assert [line for line in capsys.readouterr().err.splitlines() if "left out" in line] == [said]
+    monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda *_, **__: [])
+    assert main(["evaluate", "--run", str(tmp_path / "run"), "--sizes", "64"]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"hjepa: {said}"], "one of them is for testing, one was validation"
+
+
 def test_pictures_of_one_class_train_and_are_read_without_labels(tmp_path, pictures, capsys):
     flat, run = tmp_path / "flat", tmp_path / "run"
     flat.mkdir()

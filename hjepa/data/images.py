@@ -83,6 +83,12 @@ class ImageData:
         return normalised(images, self.mean, self.std)
 
 
+def left_out(*splits: ImageData) -> str:
+    """A line on the image files that on_corrupt "skip" left out of the splits, "" if none."""
+    names = [name for data in splits for name in data.skipped]
+    return f"{len(names)} image files cannot be read and were left out, {names[0]} first" if names else ""
+
+
 def mean_and_std(data: ImageData, size: Size = 64) -> tuple[RGB, RGB]:
     """Mean and standard deviation of each channel over the pixels of all pictures, white = 1, for data.mean, data.std.
 

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from .. import hub
 from ..build import batch_masks, build_encoders, build_model, load_split, train_sizes
 from ..config import Config, config_of, save_config
-from ..data.images import ImageData
+from ..data.images import ImageData, left_out
 from ..evaluate.measures import effective_rank, feature_std
 from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
@@ -424,6 +424,8 @@ class _Run:
             if not self.record:
                 write_json(self.run_dir / "metrics.json", metrics)
             self.log.close()
+            if note := left_out(self.train_data, self.validation_data):
+                tqdm.write(note, file=sys.stderr)
         self.accelerator.wait_for_everyone()
         if self.group is not None:
             dist.destroy_process_group(self.group)
