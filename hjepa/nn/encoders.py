@@ -31,7 +31,7 @@ from .alibi import ALiBi2D, with_bias
 from .checks import as_masked, check_index, check_masked, square_patch
 from .frequencies import STRATEGIES, grid_positions, sincos_positions
 from .rope import VisionRoPE2D
-from .vit import GridViT, add_rope, block_weights, build_vit, freeze_head, run_block
+from .vit import GridViT, add_rope, block_weights, build_vit, freeze_head, run_block, same_shapes
 
 POSITION_EMBEDDINGS = ("learned", "sincos")
 
@@ -309,7 +309,8 @@ class TargetEncoder(_Encoder):
 
         Raises:
             RuntimeError: it is built differently.
-            ValueError: it takes the same weights and gives other features, by its rotation or its absolute table.
+            ValueError: it takes the same weights and gives other features, by its rotation, its absolute table, its
+                heads, activation or norms.
         """
         check_positions(self, context_encoder)
         self.load_state_dict(context_encoder.state_dict())
@@ -341,10 +342,11 @@ class TargetEncoder(_Encoder):
 
 
 def check_positions(target: _Encoder, context: nn.Module) -> None:
-    """ValueError if the same weights give other features in the two, by rotation or position embedding."""
+    """ValueError if the same weights give other features in the two, by rotation, position embedding or `same_shapes`.
+    """
     if not isinstance(context, _Encoder):  # inside another module: not known
         return
-    theirs, mine = _position_settings(context), _position_settings(target)
+    theirs, mine = _settings(context), _settings(target)
     for name in theirs:
         if name in mine and theirs[name] != mine[name]:
             raise ValueError(
@@ -353,8 +355,8 @@ def check_positions(target: _Encoder, context: nn.Module) -> None:
             )
 
 
-def _position_settings(encoder: _Encoder) -> dict[str, Any]:
-    """What decides on positions and is in no state dict."""
+def _settings(encoder: _Encoder) -> dict[str, Any]:
+    """What decides on the features and is in no state dict: positions above all."""
     rope, alibi = encoder.rope, encoder.alibi
     found: dict[str, Any] = {"use_rope": rope is not None, "use_alibi": alibi is not None}
     found |= {"use_absolute": encoder.use_absolute, "position_embedding": encoder.position_embedding}
@@ -367,7 +369,7 @@ def _position_settings(encoder: _Encoder) -> dict[str, Any]:
     for where in (rope, alibi):
         if where is not None and where.strategy != "extrapolate":
             found["grid_size"] = where.grid_size
-    return found
+    return found | same_shapes(encoder.vit)
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

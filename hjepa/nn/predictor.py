@@ -118,6 +118,15 @@ class Predictor(nn.Module):
         x = self.head(self.norm(x[:, context.shape[1] :]))
         return x.split([p.shape[1] for p in query_positions], dim=1)
 
+    def check_heads(self, num_heads: int) -> None:
+        """ValueError unless it has so many: weights made for another number fit, and predict something else."""
+        own = self.blocks[0].attn.num_heads  # type: ignore[union-attr]
+        if own != num_heads:
+            raise ValueError(
+                f"its predictor has num_heads={num_heads} and this one num_heads={own}: the same weights would give "
+                "other predictions; build both alike"
+            )
+
     def _check(self, context: Tensor, context_positions: Tensor, query_positions: Sequence[Tensor]) -> None:
         if not 1 <= len(query_positions) <= len(self.level_token):
             raise ValueError(f"{len(query_positions)} levels of queries, the predictor has 1..{len(self.level_token)}")

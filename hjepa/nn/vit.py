@@ -41,7 +41,8 @@ def build_vit(
     their norm, unless `overrides` says otherwise.
 
     Raises:
-        ValueError: an unknown name, a model that is not a VisionTransformer of plain Blocks, an option timm lacks.
+        ValueError: an unknown name, a model that is not a VisionTransformer of plain Blocks, an option timm lacks, or
+            with pretrained one that makes another function of the published weights.
     """
     _check_name(encoder_type, overrides)
     other_tokens = not TOKENS.isdisjoint(overrides)
@@ -54,6 +55,8 @@ def build_vit(
     if odd or len(vit.blocks) == 0:
         found = f"blocks of type {odd[0]}" if odd else "no blocks"
         raise ValueError(f"encoder_type={encoder_type!r} has {found}, only timm's plain Blocks fit")
+    if pretrained and "pretrained_cfg_overlay" not in overrides:  # weights of one's own may have any heads
+        _check_function(vit, encoder_type)
     for block in vit.blocks:
         widen_half(block)
     vit.patch_embed.img_size = None  # the encoder checks sizes; timm's check would bake them into a compiled graph
@@ -103,6 +106,30 @@ def _load_pretrained(
         vit.load_state_dict(weights)
     except RuntimeError as error:
         raise _misfit(encoder_type, overrides, error) from None
+
+
+def same_shapes(vit: Any) -> dict[str, Any]:
+    """What makes another function of weights of the same shapes, by the names that timm's options have."""
+    first = vit.blocks[0]
+    found = {"num_heads": first.attn.num_heads, "act_layer": _kind(getattr(first.mlp, "act", None))}
+    found |= {"norm_layer": _kind(first.norm1), "norm eps": getattr(first.norm1, "eps", None)}
+    return found | {"qk_norm": _kind(first.attn.q_norm)}
+
+
+def _kind(module: nn.Module | None) -> str:
+    return type(module).__name__
+
+
+def _check_function(vit: VisionTransformer, encoder_type: str) -> None:
+    """Raise ValueError where `vit`, of published weights, is not what timm itself makes of them."""
+    with torch.random.fork_rng(devices=[]):
+        published = same_shapes(timm.create_model(encoder_type, num_classes=0))
+    for name, value in same_shapes(vit).items():
+        if value != published[name]:
+            raise ValueError(
+                f"{name}={value} makes another function of the pretrained weights of {encoder_type!r}, which have "
+                f"{name}={published[name]}; nearest: null, the encoder type's own"
+            )
 
 
 def _misfit(encoder_type: str, overrides: Mapping[str, Any], error: Exception) -> ValueError:

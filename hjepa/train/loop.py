@@ -446,6 +446,8 @@ def _start_from(name: str, model: HJEPA) -> None:
         saved.model.pretrained = False
         try:
             check_positions(model.target_encoder, build_encoders(saved)[1])
+            if model.predictor is not None:
+                model.predictor.check_heads(saved.model.predictor.num_heads)
         except ValueError as error:
             raise UserError(f"train.init_from={name}: {error}") from None
         load_checkpoint(found, model)

@@ -216,6 +216,24 @@ def test_published_weights_that_do_not_fit_are_refused_in_one_line(
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"num_heads": 4}, "num_heads=4 makes another function .*'vit_tiny_patch16_224', which have num_heads=3"),
+        ({"act_layer": "relu", "class_token": False}, "act_layer=ReLU makes another .* which have act_layer=GELU"),
+    ],
+)
+def test_published_weights_are_not_made_another_function(
+    option: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: create(name, **more))
+    fits = {"num_heads": 3, "act_layer": "gelu", "class_token": False}
+    assert ContextEncoder("vit_tiny_patch16_224", 32, True, vit=fits).vit.blocks[0].attn.num_heads == 3
+    with pytest.raises(ValueError, match=message):
+        ContextEncoder("vit_tiny_patch16_224", 32, True, vit={"embed_dim": 192} | option)
+
+
 # image sizes
 
 

@@ -1,6 +1,7 @@
 """The target encoder: starts as the context encoder, follows it by a moving average, takes no gradient."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import timm
 import torch
 from builders import TINY, build_pair, noisy, pictures
 from safetensors.torch import save_file
+from timm.layers import LayerNorm
 from torch import nn
 
 from hjepa.nn.encoders import ContextEncoder, TargetEncoder, create_encoder
@@ -142,9 +144,14 @@ def test_the_report_s_names_of_the_schedule_and_of_the_copy() -> None:
         ({"rope": {"fraction": 0.5}}, "fraction=0.5 .* fraction=1.0"),
         ({"rope": {"strategy": "ntk"}}, "strategy='ntk' .* strategy='extrapolate'"),
         ({"use_rope": False}, "use_rope=False .* use_rope=True"),
+        ({"vit": TINY | {"num_heads": 4}}, "num_heads=4 .* num_heads=2"),
+        ({"vit": TINY | {"act_layer": "relu"}}, "act_layer='ReLU' .* act_layer='GELU'"),
+        ({"vit": TINY | {"norm_layer": partial(LayerNorm, eps=1e-3)}}, "norm eps=0.001 .* norm eps=1e-06"),
     ],
 )
-def test_weights_are_not_copied_into_an_encoder_that_rotates_otherwise(options: dict[str, Any], named: str) -> None:
+def test_weights_are_not_copied_into_an_encoder_that_makes_other_features_of_them(
+    options: dict[str, Any], named: str
+) -> None:
     other, (_, target) = build_pair(**options)[0], build_pair()
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(ValueError, match=named):

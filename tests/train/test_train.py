@@ -119,8 +119,10 @@ def test_a_run_starts_from_the_weights_of_another_with_a_schedule_of_its_own(tin
     with pytest.raises(ValueError, match="of another architecture"):
         train(tiny("model.depth=1", f"train.init_from={start}"), tmp_path / "fourth", progress=False)
     for wrong, reason in (([*ROPE, "model.use_absolute=false"], "use_rope=False"),
-                          (["model.position_embedding=sincos"], "position_embedding='learned'")):  # fmt: skip
-        with pytest.raises(UserError, match=f"train.init_from=.*{reason} and this encoder"):
+                          (["model.position_embedding=sincos"], "position_embedding='learned'"),
+                          (["model.num_heads=4"], "num_heads=2"), (["model.act_layer=relu"], "act_layer='GELU'"),
+                          (["model.predictor.num_heads=4"], "its predictor has num_heads=2")):  # fmt: skip
+        with pytest.raises(UserError, match=f"train.init_from=.*{reason} and this"):
             train(tiny(*wrong, f"train.init_from={start}"), tmp_path / "fifth", progress=False)
 
 
@@ -144,7 +146,8 @@ def test_a_run_starts_from_an_encoder_that_comes_with_the_package(tiny, tmp_path
         for which in ("context", "target"):
             found = load_run(tmp_path / f"run{index}", which)[0].state_dict()
             assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given)
-    for wrong, reason in (("model.depth=3", "Unexpected key"), ("model.rope.theta=100", "thetas=")):
+    for wrong, reason in (("model.depth=3", "Unexpected key"), ("model.rope.theta=100", "thetas="),
+                          ("model.num_heads=8", "num_heads=4"), ("model.act_layer=null", "act_layer=")):  # fmt: skip
         with pytest.raises(ValueError, match=f"openmoji-rope is of another architecture.*{reason}"):
             train(tiny(*like, wrong, "train.init_from=openmoji-rope"), tmp_path / "wrong", progress=False)
 
