@@ -391,7 +391,9 @@ def _views(loaded: dict[str, Any], strategies: str | None) -> dict[str, Any]:
 
 def _export(arguments: argparse.Namespace) -> int:
     from .hub import export_encoder
+    from .pretrained import check_one
 
+    check_one(arguments.run)
     print(f"files: {export_encoder(arguments.run, arguments.out, push_to=arguments.push_to)}")
     return 0
 

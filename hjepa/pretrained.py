@@ -22,7 +22,7 @@ from . import hub
 from .files import user_path
 from .inputs import UserError, nearest
 from .nn.encoders import ContextEncoder, TargetEncoder
-from .train.checkpoint import write_json
+from .train.checkpoint import STATE, write_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -36,8 +36,9 @@ def load_pretrained(name: str) -> ContextEncoder | TargetEncoder:
     """An encoder that comes with the package, in float32 and eval mode.
 
     Raises:
-        ValueError: no such name; the message has those there are, and the nearest.
+        ValueError: no such name; the message has those there are, and the nearest. A run or export here of that name.
     """
+    check_one(name)
     return hub.load_pretrained(_folder(name))[0]
 
 
@@ -45,14 +46,26 @@ def folder_of(name: str) -> Path:
     """The folder of an encoder that comes with the package, or else the user's own of that path.
 
     Raises:
-        ValueError: nothing of that path, and an encoder of nearly that name.
+        ValueError: nothing of that path, and an encoder of nearly that name; as `check_one`.
     """
+    check_one(name)
     if name in list_pretrained():
         return _folder(name)
     folder = user_path(name)
     if not folder.exists() and (near := nearest(name, list_pretrained())):
         raise UserError(f"no folder {folder}, and no encoder of that name comes with the package; nearest: {near}")
     return folder
+
+
+def check_one(name: str) -> None:
+    """ValueError where a name is an encoder's that comes with the package, and a run's or export's in this folder."""
+    here = Path(name)
+    ours = name in list_pretrained() and here.resolve() != (WEIGHTS / name).resolve()
+    if ours and (hub.is_export(here) or any((here / part).exists() for part in ("config.yaml", "checkpoints", STATE))):
+        raise UserError(
+            f"both a folder here and an encoder of the package are called {name}; say ./{name} for the folder, or "
+            "rename it for the encoder"
+        )
 
 
 def _folder(name: str) -> Path:

@@ -22,6 +22,8 @@ from hjepa.data.moved import MovedPictures
 from hjepa.evaluate.results import rows_from_csv
 from hjepa.files import hold
 from hjepa.hub import load_run
+from hjepa.inputs import UserError
+from hjepa.pretrained import WEIGHTS, folder_of
 from hjepa.train.checkpoint import _digest_of
 
 SMALL = [
@@ -170,6 +172,26 @@ def test_evaluate_takes_encoders_that_come_with_the_package_and_exports(run, tmp
     torch.testing.assert_close(seen["out"](images), hjepa.load_run(run)[0](images))
     line = error_of(["evaluate", "--run", "openmoji-rope", "--which", "context"], capsys)
     assert "openmoji-rope holds the target encoder alone" in line
+
+
+def test_a_folder_named_like_an_encoder_of_the_package_is_never_skipped(run, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ["data.name=imagefolder", f"data.path={pictures}"]
+    copy_of(run, tmp_path / "openmoji-rope")
+    main(["export", str(run), "openmoji-absolute"])
+    both = "both a folder here and an encoder of the package are called openmoji-rope; say ./openmoji-rope for the fol"
+    for words in (["evaluate", "--run", "openmoji-rope"], ["export", "openmoji-rope", "out"],
+                  ["train", "--run", "new", "train.init_from=openmoji-rope", *own]):  # fmt: skip
+        assert both in error_of(words, capsys)
+    for name in ("openmoji-rope", "openmoji-absolute"):
+        with pytest.raises(UserError, match=f"say ./{name} for the folder, or rename it for the encoder"):
+            hjepa.load_pretrained(name)
+    assert main(["export", "./openmoji-rope", "out"]) == 0
+    assert folder_of("./openmoji-absolute").resolve() == tmp_path / "openmoji-absolute"
+    (tmp_path / "photographs-rope").mkdir()  # neither a run nor an export
+    assert folder_of("photographs-rope").parent == WEIGHTS
+    monkeypatch.chdir(WEIGHTS)
+    assert folder_of("openmoji-rope").resolve() == (WEIGHTS / "openmoji-rope").resolve()
 
 
 def copy_of(run, folder, section="data", **settings):

@@ -342,8 +342,7 @@ class TargetEncoder(_Encoder):
 
 
 def check_positions(target: _Encoder, context: nn.Module) -> None:
-    """ValueError if the same weights give other features in the two, by rotation, position embedding or `same_shapes`.
-    """
+    """ValueError if the same weights give other features in the two, by their positions or by `same_shapes`."""
     if not isinstance(context, _Encoder):  # inside another module: not known
         return
     theirs, mine = _settings(context), _settings(target)
