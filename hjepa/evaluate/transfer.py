@@ -90,9 +90,11 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", b
     An encoder that returns tokens [B, prefix + N, D] must carry `num_prefix_tokens` and `patch_size`; its
     prefix tokens are dropped and the patch tokens pooled (`pool_tokens`; pool None keeps them: [N, H*W, D]).
     One that returns [B, D] is taken as
-    it is. The encoder's train/eval mode is restored. ValueError on a side that is no multiple of the patch,
-    or on features that are not finite.
+    it is. The encoder's train/eval mode is restored. ValueError on images that are not floats, a side that is no
+    multiple of the patch, or features that are not finite.
     """
+    if not images.is_floating_point():
+        raise UserError(f"images are {images.dtype}, and encoders take normalised floats; nearest: ImageData.at_size")
     module = module_of(encoder)
     was_training = isinstance(module, nn.Module) and module.training
     weight = next(iter(module.parameters()), None) if isinstance(module, nn.Module) else None

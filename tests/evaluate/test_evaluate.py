@@ -108,6 +108,11 @@ def test_features_that_are_not_finite_are_an_error():
         encode(lambda images: images.flatten(1) / 0, torch.ones(2, 3, 4, 4))
 
 
+def test_pictures_that_are_bytes_are_not_read_as_if_normalised():
+    with pytest.raises(UserError, match=r"images are torch.uint8, .* normalised floats"):
+        encode(PatchMeans(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
 def test_raw_pixels_at_training_size_are_the_pixels_and_elsewhere_keep_the_picture():
     smooth = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
     pixels = raw_pixels((16, 16))
