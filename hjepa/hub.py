@@ -70,6 +70,8 @@ def is_export(folder: Path) -> bool:
 def load_run(run_dir: str | Path, which: str = "target") -> tuple[Encoder, Config]:
     """The encoder of a run's newest whole checkpoint, built as it was trained, in eval mode, and the run's config.
 
+    The encoder knows the mean and standard deviation of its training's pixels: `pixel_mean`, `pixel_std`.
+
     which: "target" or "context".
 
     Raises:
@@ -93,7 +95,9 @@ def _load_run(run_dir: Path, which: str) -> tuple[Encoder, Config, dict[str, Any
     _check_unedited(run_dir / "config.yaml", flat_config(config), flat_config(trained))
     encoder = _pick(build_encoders(trained), which)
     _load(encoder, read_model(path, f"{which}_encoder."), weights_at(path))
-    return encoder.eval(), config, read_state(path)
+    state = read_state(path)
+    _note_pixels(encoder, state["extra"])
+    return encoder.eval(), config, state
 
 
 def _check_unedited(file: Path, found: dict[str, Any], trained: dict[str, Any]) -> None:
@@ -126,6 +130,12 @@ def changed_pictures(folder: Path, data: ImageData, options: DataConfig) -> str:
 
 def _pick(encoders: tuple[ContextEncoder, TargetEncoder], which: str) -> Encoder:
     return encoders[0] if which == "context" else encoders[1]
+
+
+def _note_pixels(encoder: Encoder, known: dict[str, Any]) -> None:
+    """Mean and standard deviation of the pixels in training, where they are known."""
+    if known.get("mean") and known.get("std"):
+        encoder.pixel_mean, encoder.pixel_std = tuple(known["mean"]), tuple(known["std"])
 
 
 def _load(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
@@ -219,6 +229,8 @@ def _export_config(encoder: Encoder, config: Config, state: dict[str, Any], whic
 def load_pretrained(name_or_folder: str | Path) -> tuple[Encoder, dict[str, Any]]:
     """The encoder of an export, a local folder or "user/name" on the Hugging Face hub, in eval mode, and config.json.
 
+    The encoder knows its training's pixels, as from `load_run`.
+
     Raises:
         FileNotFoundError: neither a folder nor a hub name.
         CheckpointError: files that are not a whole export of hjepa.
@@ -246,6 +258,7 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[Encoder, dict[str, Any]
     _load(encoder.vit, _drop_zero_embedding(encoder, weights), folder / WEIGHTS)
     if encoder.rope is not None and encoder.rope.state_dict():
         _load(encoder.rope, _exported(folder / ROPE), folder / ROPE)
+    _note_pixels(encoder, config.get("pretrained_cfg") or {})
     return encoder.eval(), config
 
 

@@ -21,7 +21,7 @@ from ..data.images import IMAGENET, RGB, normalised
 from ..data.sources import fit
 from ..files import user_path
 from ..inputs import UserError, size_pair
-from .transfer import EncoderLike, encode
+from .transfer import EncoderLike, encode, module_of
 
 
 def folder_features(
@@ -29,8 +29,8 @@ def folder_features(
     folder: str | Path,
     size: Any = None,
     *,
-    mean: RGB = IMAGENET[0],
-    std: RGB = IMAGENET[1],
+    mean: RGB | None = None,
+    std: RGB | None = None,
     skip: bool = False,
     batch_size: int = 64,
 ) -> tuple[Tensor, list[Path], list[str]]:
@@ -40,7 +40,8 @@ def folder_features(
         encoder: as `encode` takes them; one of ours, or a `PublishedEncoder`.
         folder: any depth of folders.
         size: image size in pixels, a side or (height, width); None: the size that the encoder was trained at.
-        mean, std: of the pixels in the encoder's training, white = 1; ImageNet's, as photographs have them here.
+        mean, std: of the pixels in the encoder's training, white = 1; None: those that it knows (`pixel_mean` and
+            `pixel_std` of one loaded from a run or an export), or else ImageNet's.
         skip: leave out files that cannot be read; they are missing in the list of files.
         batch_size: pictures in memory at a time.
 
@@ -49,6 +50,8 @@ def folder_features(
         ValueError: no pictures in it, a file that cannot be read, a size that the encoder does not take.
     """
     height, width = size_pair(_own_size(encoder) if size is None else size)
+    mean = mean or getattr(module_of(encoder), "pixel_mean", None) or IMAGENET[0]
+    std = std or getattr(module_of(encoder), "pixel_std", None) or IMAGENET[1]
     root = existing_folder(user_path(folder))
     parts, kept = [], []
     found = picture_files(root)

@@ -46,6 +46,7 @@ class PublishedEncoder(nn.Module):
         super().__init__()
         made_for: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         self.name, self.model = str(made_for.get("architecture")), model
+        self.pixel_mean, self.pixel_std = mean, std  # of what it is given
         self.patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
         self.num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
         self.input_size = size_pair(made_for["input_size"][1:])

@@ -37,7 +37,13 @@ POSITION_EMBEDDINGS = ("learned", "sincos")
 
 
 class _Encoder(nn.Module):
-    """What context and target encoder share. See `create_encoder` for the arguments."""
+    """What context and target encoder share. See `create_encoder` for the arguments.
+
+    pixel_mean, pixel_std: of the pixels in its training, white = 1, where it was loaded from a run or an export.
+    """
+
+    pixel_mean: tuple[float, float, float] | None = None
+    pixel_std: tuple[float, float, float] | None = None
 
     def __init__(
         self,

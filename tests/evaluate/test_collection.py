@@ -9,7 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+import hjepa
+from hjepa import hub
+from hjepa.data.images import DATASETS, IMAGENET
 from hjepa.evaluate.collection import folder_features, neighbours
+from hjepa.evaluate.published import published_encoder
+from hjepa.train import train
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_pictures.md"
 
@@ -57,6 +62,25 @@ def test_labels_are_the_first_folders_and_features_those_of_the_pictures(tmp_pat
     assert labels.count("red") == labels.count("blue") == 6 and labels[files.index(tmp_path / "loose.png")] == ""
     assert files == sorted(files) and len(features) == len(files) == 13
     torch.testing.assert_close(features[files.index(tmp_path / "loose.png")], torch.full((3,), 128 / 255))
+
+
+def test_pixels_are_normalised_as_in_the_encoder_s_training(tmp_path):
+    fill(tmp_path)
+    drawings = hjepa.load_pretrained("openmoji-rope")
+    mean, std = DATASETS["openmoji"].mean, DATASETS["openmoji"].std
+    assert (drawings.pixel_mean, drawings.pixel_std) == (mean, std)
+    published = published_encoder("test_vit", mean, std, pretrained=False)
+    for encoder, pixels in ((drawings, (mean, std)), (published, (mean, std)), (Colour(), IMAGENET)):
+        given = {"mean": pixels[0], "std": pixels[1]}
+        assert torch.equal(folder_features(encoder, tmp_path)[0], folder_features(encoder, tmp_path, **given)[0])
+
+
+def test_an_encoder_of_a_run_and_of_its_export_knows_the_pixels_of_its_training(tiny, tmp_path):
+    train(tiny("train.steps=1", "data.mean=[0.1, 0.2, 0.3]", "data.std=[0.3, 0.2, 0.1]"), tmp_path, progress=False)
+    export = hub.export_encoder(tmp_path, tmp_path / "out")
+    for encoder in (hjepa.load_run(tmp_path)[0], hub.load_pretrained(export)[0]):
+        assert (encoder.pixel_mean, encoder.pixel_std) == ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1))
+        assert not any("pixel" in name for name in encoder.state_dict())
 
 
 def test_neighbours_equal_those_of_a_loop():
