@@ -21,6 +21,7 @@ from ..data.images import IMAGENET, RGB, normalised
 from ..data.sources import fit
 from ..files import user_path
 from ..inputs import UserError, size_pair
+from .readers import check_finite
 from .transfer import EncoderLike, encode, module_of
 
 
@@ -49,7 +50,7 @@ def folder_features(
         FileNotFoundError: no such folder.
         ValueError: no pictures in it, a file that cannot be read, a size that the encoder does not take.
     """
-    height, width = size_pair(_own_size(encoder) if size is None else size)
+    height, width = size_pair(_own_size(module_of(encoder)) if size is None else size)
     mean = mean or getattr(module_of(encoder), "pixel_mean", None) or IMAGENET[0]
     std = std or getattr(module_of(encoder), "pixel_std", None) or IMAGENET[1]
     root = existing_folder(user_path(folder))
@@ -86,7 +87,11 @@ def _read(files: Sequence[Path], height: int, width: int, skip: bool) -> tuple[l
 
 
 def neighbours(features: Tensor, k: int = 5) -> np.ndarray:
-    """Places `[N, k]` of each picture's nearest others, nearest first: cosine of centred features, as in kNN."""
+    """Places `[N, k]` of each picture's nearest others, nearest first: cosine of centred features, as in kNN.
+
+    ValueError if a feature is not finite.
+    """
+    check_finite("features", features)
     x = torch.nn.functional.normalize(features.double() - features.double().mean(0), dim=1)
     near = (x @ x.T).fill_diagonal_(-2)
     return near.topk(min(k, len(x) - 1), dim=1).indices.numpy()

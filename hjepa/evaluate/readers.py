@@ -41,14 +41,25 @@ def knn_accuracy(
 
     gallery [G, D], queries [Q, D], labels int64. The gallery's mean is taken off both: what all pictures share would
     bring every cosine near 1. The k most similar gallery rows by cosine vote with weight exp(similarity / temperature).
-    ValueError if k is not between 1 and G.
+    ValueError if k is not between 1 and G, or a feature is not finite.
     """
     if not 1 <= k <= len(gallery):
         raise ValueError(f"k={k} neighbours: a gallery of {len(gallery)} allows 1 to {len(gallery)}")
+    check_finite("gallery", gallery)
+    check_finite("queries", queries)
     mean = gallery.mean(dim=0)
     known, asked = F.normalize(gallery - mean, dim=1), F.normalize(queries - mean, dim=1)
     vote = _by_chunks(asked, known, lambda similarity, _: _vote(similarity, gallery_labels, k, temperature))
     return vote == query_labels
+
+
+def check_finite(name: str, features: Tensor) -> None:
+    """Raise ValueError where a row of features [N, D] holds NaN or infinity."""
+    odd = (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist()
+    if odd:
+        raise ValueError(
+            f"{name} has {len(odd)} of {len(features)} rows that are not finite, row {odd[0]} first; leave them out"
+        )
 
 
 def leave_one_out_knn(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
@@ -131,8 +142,9 @@ def linear_probe(features: Tensor, labels: Tensor) -> Probe:
     (thumbnails, random init) that changed leave-one-out accuracy by less than half a point.
 
     Features wider than 2048 (raw pixels) are projected on their first 256 principal components, on the CPU, which
-    bounds the time. ValueError if all labels are the same.
+    bounds the time. ValueError if all labels are the same, or a feature is not finite.
     """
+    check_finite("features", features)
     classes, target = labels.unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"a probe needs at least 2 classes; all {len(labels)} labels are {int(labels[0])}")

@@ -14,6 +14,8 @@ from hjepa import hub
 from hjepa.data.images import DATASETS, IMAGENET
 from hjepa.evaluate.collection import folder_features, neighbours
 from hjepa.evaluate.published import published_encoder
+from hjepa.evaluate.readers import knn_accuracy, linear_probe
+from hjepa.evaluate.transfer import with_strategy
 from hjepa.train import train
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_pictures.md"
@@ -81,6 +83,25 @@ def test_an_encoder_of_a_run_and_of_its_export_knows_the_pixels_of_its_training(
     for encoder in (hjepa.load_run(tmp_path)[0], hub.load_pretrained(export)[0]):
         assert (encoder.pixel_mean, encoder.pixel_std) == ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1))
         assert not any("pixel" in name for name in encoder.state_dict())
+
+
+def test_an_encoder_read_with_another_strategy_has_the_size_of_its_training(tmp_path):
+    fill(tmp_path)
+    rope = hjepa.load_pretrained("openmoji-rope")
+    found = folder_features(with_strategy(rope, "ntk"), tmp_path)[0]
+    torch.testing.assert_close(found, folder_features(rope, tmp_path, 64)[0])  # of one grid all strategies are alike
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_readers_of_features_that_are_not_finite_name_the_row(odd):
+    x, y = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 3
+    bad = x.clone()
+    bad[3, 1] = odd
+    for name, read in (("features", lambda: neighbours(bad)), ("features", lambda: linear_probe(bad, y)),
+                       ("gallery", lambda: knn_accuracy(bad, y, x, y, 3)),
+                       ("queries", lambda: knn_accuracy(x, y, bad, y, 3))):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} has 1 of 9 rows that are not finite, row 3 first"):
+            read()
 
 
 def test_neighbours_equal_those_of_a_loop():
