@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="say what a step would cost, and train nothing")
     train.add_argument("--processes", metavar="N", type=int, help="with --dry-run: how many share a batch (default: 1)")
     train.add_argument("--speed", metavar="FLOP/S", type=float, help="with --dry-run: of each (default: 1e12)")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.theta=100")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.rope.use_rope=true")
 
     evaluate = add(_evaluate, "read frozen features at several image sizes")
     evaluate.add_argument(  # under torchrun say --run-dir, as to train
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .config import load_config
+    from .config import idle_overrides, load_config
     from .files import fresh_folder
 
     if arguments.resume and not arguments.run:
@@ -153,6 +153,9 @@ def _train(arguments: argparse.Namespace) -> int:
     before = user_path(arguments.run or "") / "config.yaml"
     file = before if arguments.resume and not arguments.config and before.is_file() else arguments.config
     config = load_config(file, arguments.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        for line in idle_overrides(config, arguments.overrides):
+            _say(f"hjepa: {line}")
     if arguments.dry_run:
         from .train.estimate import estimate, format_estimate
 

@@ -494,3 +494,41 @@ def _check_image_size(values: Mapping[str, Any]) -> None:
         raise UserError(f"data.image_size={size} is not a multiple of the patch, {patch} pixels; nearest: {near}")
     if not values["data.train_scales"]:
         raise UserError("data.train_scales=[] must name one scale or more; [1.0] trains at image_size alone")
+
+
+# ---- what changes nothing
+
+IDLE: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (  # beginnings of keys, and what makes them idle
+    (("model.rope.",), "model.rope.use_rope", (False,)),
+    (("data.crop_scale", "data.color_jitter"), "objective", ("views", "both", "labels")),
+    (("views.", "loss.view_loss"), "objective", ("masks",)),
+    (("views.small",), "objective", ("labels",)),
+    (("views.keep",), "objective", ("both", "labels")),
+    (("loss.view_loss", "loss.temperature", "loss.spread_weight", "loss.teacher", "model.projector."),
+     "objective", ("masks", "labels")),
+    (("loss.masks_weight",), "objective", ("masks", "views", "labels")),
+    (("loss.kind", "masks.", "model.predictor."), "objective", ("views", "labels")),
+    (("loss.temperature",), "loss.view_loss", ("sketched_gaussian", "variance")),
+    (("loss.spread_weight",), "loss.view_loss", ("contrastive",)),
+    (("train.muon_lr",), "train.optimizer", ("adamw",)),
+)  # fmt: skip
+SIZES = ("model.embed_dim", "model.depth", "model.num_heads")
+
+
+def idle_overrides(config: Config, overrides: Iterable[str]) -> list[str]:
+    """A line for each override that a training of this config never looks at, and for an encoder_type whose sizes
+    are not its own."""
+    values, lines = flat_config(config), []
+    given = list(dict.fromkeys(text.partition("=")[0].strip() for text in overrides))
+    for key in given:
+        for beginnings, decides, idle in IDLE:
+            biased = key == "model.rope.strategy" and values["model.use_alibi"]
+            if key.startswith(beginnings) and key != decides and values[decides] in idle and not biased:
+                value, other = (str(v).lower() if isinstance(v, bool) else v for v in (values[key], values[decides]))
+                lines.append(f"{key}={value} changes nothing while {decides} is {other}")
+                break
+    kept = [f"{name}={values[name]}" for name in SIZES if name not in given and values[name] is not None]
+    if kept and "model.encoder_type" in given:
+        named = f"model.encoder_type={values['model.encoder_type']}"
+        lines.append(f"{named} is built with {', '.join(kept)} of the config; null is the type's own")
+    return lines

@@ -14,6 +14,7 @@ from PIL import Image
 
 import hjepa
 import hjepa.evaluate.transfer
+import hjepa.train.estimate
 from hjepa import cli
 from hjepa.cli import main
 from hjepa.config import as_dicts, load_config, save_config
@@ -82,6 +83,33 @@ def test_a_mistake_is_one_line_and_exit_2(words, reason, capsys, tmp_path, monke
 def test_train_takes_overrides_before_and_after_options(run):
     encoder, config = load_run(run)
     assert config.model.rope.use_rope and config.train.steps == 2 and encoder.embed_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.rope.theta=100"], ["model.rope.theta=100.0 changes nothing while model.rope.use_rope is false"]),
+        (["model.rope.strategy=ntk"], ["model.rope.strategy=ntk changes nothing while model.rope.use_rope is false"]),
+        (["model.rope.strategy=interpolate", "model.use_alibi=true"], []),
+        (["model.rope.use_rope=true", "model.rope.theta=100"], []),
+        (["views.large=6", "loss.teacher=true"], ["views.large=6 changes nothing while objective is masks",
+                                                  "loss.teacher=true changes nothing while objective is masks"]),
+        (["objective=views", "views.large=6", "loss.temperature=0.2"], []),
+        (["objective=views", "data.color_jitter=0.8"],
+         ["data.color_jitter=0.8 changes nothing while objective is views"]),
+        (["objective=both", "loss.spread_weight=0.1"],
+         ["loss.spread_weight=0.1 changes nothing while loss.view_loss is contrastive"]),
+        (["train.muon_lr=0.5"], ["train.muon_lr=0.5 changes nothing while train.optimizer is adamw"]),
+        (["model.encoder_type=vit_base_patch16_224", "model.depth=2"],
+         ["model.encoder_type=vit_base_patch16_224 is built with model.embed_dim=96, model.num_heads=4 of the config; "
+          "null is the type's own"]),
+    ],
+)  # fmt: skip
+def test_train_says_which_overrides_change_nothing(overrides, said, capsys, monkeypatch):
+    monkeypatch.setattr(hjepa.train.estimate, "estimate", lambda config: None)
+    monkeypatch.setattr(hjepa.train.estimate, "format_estimate", lambda found: "")
+    assert main(["train", "--dry-run", *overrides]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"hjepa: {line}" for line in said]
 
 
 def test_train_refuses_a_folder_that_holds_a_run_or_is_in_use(run, tmp_path, capsys):
