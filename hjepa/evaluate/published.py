@@ -14,6 +14,7 @@ Source: timm (Wightman, 2019), `create_model`, `pretrained_cfg` and `forward_hea
 Not covered: fine-tuning, dense features, the text half of image-text models.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..files import user_path
 from ..inputs import UserError, nearest, patch_grid, size_pair, size_text
 
 RGB = tuple[float, float, float]
+PATCHES = "patch_embed.proj.weight"
 
 
 class PublishedEncoder(nn.Module):
@@ -158,8 +160,11 @@ def _load(model: nn.Module, path: Path) -> None:
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         weights = load_state_dict(str(path))
+        _check_patch(weights, model, path)
         weights = translate(weights, model) if translate else weights
         found = model.load_state_dict({k: t for k, t in weights.items() if not _of_classifier(k, model)}, strict=False)
+    except UserError:
+        raise
     except (RuntimeError, SafetensorError, OSError, EOFError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"checkpoint {path} does not fit {_name(model)}: {_line(error)}") from None
     wrong = [f"{key} is missing" for key in found.missing_keys]
@@ -167,6 +172,20 @@ def _load(model: nn.Module, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"checkpoint {path} does not fit {_name(model)}: {wrong[0]}{more}")
+
+
+def _check_patch(weights: dict[str, Any], model: nn.Module, path: Path) -> None:
+    """Raise ValueError on weights of another patch size, which timm would resample without a word."""
+    own = model.state_dict().get(PATCHES)
+    for name, weight in weights.items():
+        if own is not None and name.endswith(PATCHES) and weight.dim() == own.dim() == 4:
+            theirs, ours = (size_text(tuple(w.shape[-2:])) for w in (weight, own))
+            if theirs != ours:
+                named = re.sub(r"patch\d+", f"patch{theirs}", _name(model))
+                near = nearest(named, timm.list_models(f"*patch{theirs}_*")) or "none"
+                raise UserError(
+                    f"checkpoint {path} has patches of {theirs} pixels and {_name(model)} of {ours}; nearest: {near}"
+                )
 
 
 def _of_classifier(key: str, model: nn.Module) -> bool:

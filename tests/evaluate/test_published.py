@@ -19,6 +19,7 @@ from hjepa.data.images import IMAGENET, load_data
 from hjepa.evaluate.published import PublishedEncoder, published_encoder, published_encoders
 from hjepa.evaluate.results import rows_from_csv
 from hjepa.evaluate.transfer import encode, resolution_transfer
+from hjepa.inputs import UserError
 
 PLAIN, ROTARY, DINO = "deit_tiny_patch16_224", "vit_small_patch16_rope_mixed_224", "vit_tiny_patch16_dinov3_qkvb"
 # the families that resample or rotate, each with the pooling it was made for
@@ -137,6 +138,13 @@ def test_files_that_are_no_weights_are_one_line(tmp_path):
         with pytest.raises(ValueError, match="does not fit deit_tiny_patch16_224") as error:
             published_encoder(PLAIN, *IMAGENET, checkpoint=file)
         assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_patch_size_are_not_resampled(tmp_path):
+    name = "vit_tiny_patch16_224"
+    _, file = weights_of(name, tmp_path, num_classes=0, patch_size=32, depth=12)
+    with pytest.raises(UserError, match=rf"has patches of 32 pixels and {name} of 16; nearest: vit_\w+_patch32_224"):
+        published_encoder(name, *IMAGENET, checkpoint=file)
 
 
 def test_names_are_checked_before_anything_is_built():
