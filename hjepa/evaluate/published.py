@@ -14,6 +14,7 @@ Source: timm (Wightman, 2019), `create_model`, `pretrained_cfg` and `forward_hea
 Not covered: fine-tuning, dense features, the text half of image-text models.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from ..inputs import UserError, nearest, patch_grid, size_pair, size_text
 
 RGB = tuple[float, float, float]
 PATCHES = "patch_embed.proj.weight"
+AVERAGED_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")  # the order in which timm takes them
 
 
 class PublishedEncoder(nn.Module):
@@ -160,6 +162,7 @@ def _load(model: nn.Module, path: Path) -> None:
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         weights = load_state_dict(str(path))
+        _say_which(path)
         _check_patch(weights, model, path)
         weights = translate(weights, model) if translate else weights
         found = model.load_state_dict({k: t for k, t in weights.items() if not _of_classifier(k, model)}, strict=False)
@@ -172,6 +175,17 @@ def _load(model: nn.Module, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"checkpoint {path} does not fit {_name(model)}: {wrong[0]}{more}")
+
+
+def _say_which(path: Path) -> None:
+    """A line on stderr where a training's file holds several sets of weights, averaged ones mostly."""
+    if path.suffix == ".safetensors":
+        return
+    with torch.serialization.safe_globals([argparse.Namespace]):  # as timm reads it, but no tensor's numbers
+        held = torch.load(path, map_location="meta", weights_only=True)
+    there = [name for name in AVERAGED_FIRST if isinstance(held, dict) and held.get(name) is not None]
+    if len(there) > 1:
+        print(f"hjepa: checkpoint {path}: read is its {there[0]}, not its {there[1]}", file=sys.stderr)
 
 
 def _check_patch(weights: dict[str, Any], model: nn.Module, path: Path) -> None:
