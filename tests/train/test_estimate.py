@@ -1,5 +1,9 @@
 """What a dry run says equals what is counted by hand, brute force and on disk."""
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -154,3 +158,55 @@ def test_what_cannot_be_counted_is_one_line(words, reason, capsys):
     assert main(["train", "--dry-run", *words, *SMALL]) == 2
     err = capsys.readouterr().err
     assert reason in err and err.count("\n") == 1
+
+
+PLAN = Path(__file__).parents[2] / "docs" / "scaling.md"
+UNITS = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+
+
+def printed(words, capsys):
+    """The numbers that a dry run prints, by name."""
+    assert main(words) == 0
+    lines = re.findall(r"^(.+?) {2,}([\d.]+) ?(\w?)$", capsys.readouterr().out, flags=re.MULTILINE)
+    return {name: float(number) * UNITS.get(unit, 1) for name, number, unit in lines}
+
+
+def shown(cell):
+    """The numbers of a cell of a table, each with half a unit of its last digit that is not 0."""
+    for text, unit in re.findall(r"(\d[\d,.]*\d|\d)(?: ([TGM]))?", cell):
+        digits = text.replace(",", "")
+        zeros = len(digits) - len(digits.rstrip("0")) - len(digits.partition(".")[2])
+        yield float(digits) * UNITS.get(unit, 1), 0.5 * 10.0**zeros * UNITS.get(unit, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["masks", "views"])
+def test_the_tables_of_the_plan_are_what_its_command_prints(objective, capsys):
+    _, _, page = PLAN.read_text().partition("## ViT-L/16 on ImageNet")
+    words = shlex.split(re.search(r"```\nhjepa (.*?)```", page, flags=re.DOTALL)[1].replace("\\\n", " "))
+    if objective == "views":
+        other = re.search(r"and with `(objective=views .*?)`", page)[1].split()
+        words = [word for word in words if word != "objective=masks"] + other
+    wider = ["64" if old == "8" else old.replace("=1024", "=8192") if "batch_size" in old else old for old in words]
+    few, many = printed(words, capsys), printed(wider, capsys)
+    names = {
+        "parameters, of": [few["parameters"], few["trained parameters"]],
+        "FLOP": [few["FLOP per step"]],
+        "seconds at": [few["seconds per step"]],
+        "memory": [few["memory, bytes"], few["of it kept for backward"]],
+        "sent": [few["sent per step, bytes"], many["sent per step, bytes"]],
+        "checkpoint": [few["checkpoint, bytes"]],
+        "pictures per second": [few["pictures per second"], many["pictures per second"]],
+    }
+    for pictures, name in ((1.28e6, "ImageNet-1k"), (14.2e6, "ImageNet-22k")):
+        names[name] = [100 * pictures / run["pictures per second"] / 3600 for run in (few, many)]
+    for name, numbers in names.items():
+        if "Net" in name:
+            (row,) = re.findall(rf"^\| {name}.*, {objective} \|(.*)\|$", page, flags=re.MULTILINE)
+        else:
+            (row,) = re.findall(rf"^\| {name}.*?\|(.*)\|$", page, flags=re.MULTILINE)
+            row = row.split("|")[objective == "views"]
+        found = list(shown(row))
+        assert len(found) == len(numbers), name
+        for number, (value, half) in zip(numbers, found, strict=True):
+            assert abs(number - value) <= 1.001 * half, f"{name}: {row.strip()} against {number:g}"
