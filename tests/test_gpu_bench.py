@@ -18,7 +18,7 @@ def test_without_a_gpu_it_is_refused_in_one_line(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke run is that of a CPU")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # torch's, of a step that changes nothing in place
-@pytest.mark.parametrize("section", ["rotation", "step", "fsdp"])
+@pytest.mark.parametrize("section", ["rotation", "step", pytest.param("compile", marks=pytest.mark.slow), "fsdp"])
 def test_a_smoke_run_writes_numbers_that_call_themselves_smoke(section, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "FULL", {})  # tiny shapes alone
     assert gpu.main(["--smoke", "--only", section, "--out", str(tmp_path / "gpu.json")]) == 0
