@@ -74,7 +74,8 @@ def conditions(results: Results) -> str:
         f"{env['python']}, {packages}. {env['date']}, load {env['load_before']} before and {env['load_after']} after. "
         f"Clock: {env['clock']}. All variants of a comparison run in turn in one process; a ratio is taken within each "
         "round, and the median and the quartiles over the rounds are given. Whole encoders are timed in several fresh "
-        "processes one after the other; the quartiles are over the rounds of all, and the median of each stands behind."
+        "processes one after the other (those at 384 px and those beside other packages in one); the quartiles are "
+        "over the rounds of all, and the median of each stands behind."
     )
 
 
