@@ -26,6 +26,7 @@ PLAIN, ROTARY, DINO = "deit_tiny_patch16_224", "vit_small_patch16_rope_mixed_224
 POOLED = {
     PLAIN: "token", ROTARY: "token", DINO: "avg", "deit_tiny_distilled_patch16_224": "token",
     "eva02_tiny_patch14_224": "avg", "vit_pe_spatial_tiny_patch16_512": "avg", "vit_pe_core_tiny_patch16_384": "map",
+    "vit_base_patch16_siglip_224": "map",
 }  # fmt: skip
 
 
