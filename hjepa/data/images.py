@@ -33,6 +33,7 @@ from .folder import is_validation
 from .index import take
 from .moved import MovedPictures
 from .sources import Listing, Request
+from .views import constants
 
 SPLITS = ("train", "validation", "test")
 FINAL = {"imagenette": "test-b"}  # a split that only the last reading of finished models asks for
@@ -107,7 +108,7 @@ def mean_and_std(data: ImageData, size: Size = 64) -> tuple[RGB, RGB]:
 
 def normalised(images: Tensor, mean: RGB, std: RGB) -> Tensor:
     """uint8 [..., 3, h, w] -> float32 of the same shape and device, (x / 255 - mean) / std per channel."""
-    mean_, std_ = ((255 * torch.tensor(value).view(3, 1, 1)).to(images.device) for value in (mean, std))
+    mean_, std_ = (constants(tuple(value), images.device, 255).view(3, 1, 1) for value in (mean, std))
     return images.to(torch.float32).sub_(mean_).div_(std_)
 
 

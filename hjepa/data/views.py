@@ -22,6 +22,7 @@ Not covered: hue, blur, cropping along time.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,7 +49,26 @@ class Crops:
 
     def to(self, device: torch.device | str) -> "Crops":
         """The crops on a device."""
-        return Crops(*(getattr(self, part.name).to(device) for part in fields(self)))
+        return to_device([self], device)[0]
+
+
+def to_device(views: Sequence[Crops], device: torch.device | str) -> list[Crops]:
+    """Crops of as many pictures each on a device: one copy for all, from pinned memory where the device is a GPU."""
+    device = torch.device(device)
+    if not views or views[0].top.device == device:
+        return list(views)
+    numbers = [getattr(view, part.name).to(view.top.dtype) for view in views for part in fields(view)]
+    packed = torch.stack(numbers).unflatten(0, (len(views), -1))  # [V, 8, B]
+    packed = (packed.pin_memory() if device.type == "cuda" else packed).to(device, non_blocking=True)
+    parts = [zip(fields(Crops), view, strict=True) for view in packed]
+    return [Crops(*(x.bool() if part.name == "mirrored" else x for part, x in view)) for view in parts]
+
+
+@lru_cache(maxsize=64)
+def constants(values: tuple[float, ...], device: torch.device, factor: int = 1) -> Tensor:
+    """float32 numbers times a factor on a device, copied to it once and not to be changed."""
+    with torch.inference_mode(False):
+        return (factor * torch.tensor(values, dtype=torch.float32, device="cpu")).to(device)
 
 
 def whole(batch_size: int) -> Crops:
@@ -125,7 +145,7 @@ def cut(
     x = torch.bmm(pictures.to(dtype).flatten(1, 2), across.transpose(1, 2))  # [B, 3 S, side]
     x = torch.bmm(down, x.unflatten(1, (3, height)).transpose(1, 2).flatten(2))  # [B, side, 3 side]
     x = x.unflatten(2, (3, side)).transpose(1, 2).float() / 255
-    return _recolour(x, crops, pictures.new_tensor(mean, dtype=torch.float32), pictures.new_tensor(std, dtype=x.dtype))
+    return _recolour(x, crops, *(constants(tuple(values), x.device) for values in (mean, std)))
 
 
 def _filters(start: Tensor, length: Tensor, side: int, pixels: int, mirrored: Tensor | None = None) -> Tensor:
@@ -145,7 +165,7 @@ def _filters(start: Tensor, length: Tensor, side: int, pixels: int, mirrored: Te
 
 def _recolour(x: Tensor, crops: Crops, mean: Tensor, std: Tensor) -> Tensor:
     """Brightness, then contrast about the mean grey, then saturation; clamped to 0..1 and normalised, in place."""
-    luma = x.new_tensor(LUMA)
+    luma = constants(LUMA, x.device)
     grey = (x.mean((2, 3)) @ luma) * crops.brightness  # [B], after the change of brightness
     mix = torch.eye(3, device=x.device) * crops.saturation[:, None, None]
     mix = (mix + (1 - crops.saturation)[:, None, None] * luma) * (crops.brightness * crops.contrast)[:, None, None]

@@ -58,8 +58,13 @@ class Masks:
         return Masks(torch.cat([part.context_idx for part in parts]), tuple(map(torch.cat, targets)))
 
     def to(self, device: torch.device | str) -> "Masks":
-        """The masks on a device."""
-        return Masks(self.context_idx.to(device), tuple(t.to(device) for t in self.target_idx))
+        """The masks on a device; copies from pinned memory are not waited for."""
+        context_idx, *targets = (t.to(device, non_blocking=True) for t in (self.context_idx, *self.target_idx))
+        return Masks(context_idx, tuple(targets))
+
+    def pin_memory(self) -> "Masks":
+        """The masks in pinned memory; a DataLoader with pin_memory calls this."""
+        return Masks(self.context_idx.pin_memory(), tuple(t.pin_memory() for t in self.target_idx))
 
 
 def sample_kept(

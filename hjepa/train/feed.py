@@ -21,7 +21,7 @@ from ..build import batch_masks, draw_views, small_side, train_sizes
 from ..config import Config
 from ..data.images import ImageData, TrainView, normalised
 from ..data.sources import fit
-from ..data.views import Crops, cut, places
+from ..data.views import Crops, cut, places, to_device
 from ..inputs import UserError
 from ..nn.masks import BatchMasks, Masks
 from .schedule import StepSampler, size_at
@@ -132,7 +132,7 @@ class Feed:
         arguments: dict[str, Any] = {"pictures": len(pictures)}
         kinds = (("images", "places", side), ("small", "small_places", small_side(self.config, side)))
         for (name, where, pixels), drawn in zip(kinds, crops, strict=True):
-            views = [view.rows(rows).to(self.device) for view in drawn]
+            views = to_device([view.rows(rows) for view in drawn], self.device)
             if views:
                 cuts = [cut(pictures, v, pixels, self.data.mean, self.data.std, self.dtype) for v in views]
                 arguments[name] = torch.cat(cuts)

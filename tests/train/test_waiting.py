@@ -1,11 +1,18 @@
 """Claims about steps on a device: no value is read that is not logged, and compiled blocks give the same numbers."""
 
+from dataclasses import fields
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data._utils.pin_memory import pin_memory as loader_pins
 
+from hjepa import build
+from hjepa.data.views import draw_crops, to_device
 from hjepa.nn import checks
-from hjepa.train import loop
+from hjepa.nn.masks import sample_masks
+from hjepa.train import feed, loop
 from hjepa.train.checkpoint import latest_checkpoint
 from hjepa.train.log import read_log
 
@@ -40,6 +47,59 @@ def test_a_step_that_is_not_logged_reads_no_value_of_the_device(tiny, tmp_path, 
         with Reading() as reading:
             assert run.step(2, iter(batches[2:]), logging=True)["loss"] > 0
         assert reading.count > 0
+
+
+class Copying(TorchDispatchMode):
+    """Counts copies from the CPU to another device that are waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            there = kwargs.get("device") not in (None, torch.device("cpu"))
+            self.count += there and not kwargs.get("non_blocking")
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("objective", ["masks", "views", "both", "labels"])
+def test_a_step_is_fed_without_a_copy_that_is_waited_for(tiny, monkeypatch, objective):
+    config = tiny(f"objective={objective}", *VIEWS, *ROPE)
+    data = build.load_split(config, "train")
+    rows, patch = [slice(0, config.train.batch_size)], config.model.patch_size
+    batches = iter(feed.Feed(config, data, range(2), rows, patch, torch.device("meta")))  # shapes alone: no GPU
+    next(batches)
+    built, clean = [], torch.Tensor.new_tensor
+
+    def new_tensor(self, *values, **options):  # it copies below the mode's sight
+        built.append(values)
+        return clean(self, *values, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_tensor", new_tensor)
+    with Copying() as copying:
+        assert all(x.device.type == "meta" for x in next(batches).values() if isinstance(x, torch.Tensor))
+    assert copying.count == 0 and built == []
+
+
+def test_a_loader_that_pins_its_memory_pins_masks_too(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: pinned.append(self) or self)
+    masks = sample_masks(4, (8, 8), levels=2)
+    loader_pins((torch.zeros(3), masks))
+    assert len(pinned) == 4 and pinned[1] is masks.context_idx
+
+
+def test_crops_are_the_same_on_a_device():
+    drawn = [draw_crops(5, (0.2, 1.0), color_jitter=0.5, grey=0.5) for _ in range(3)]
+    shaped = to_device(drawn, "meta")
+    assert [(c.top.shape, c.mirrored.dtype) for c in shaped] == [((5,), torch.bool)] * 3
+    clean = torch.Tensor.to  # a copy that stays on the CPU shows its numbers
+    with mock.patch.object(
+        torch.Tensor, "to", lambda self, *a, **o: self if a == (torch.device("meta"),) else clean(self, *a, **o)
+    ):
+        sent = to_device(drawn, "meta")
+    for old, new in zip(drawn, sent, strict=True):
+        assert all(torch.equal(getattr(old, part.name), getattr(new, part.name)) for part in fields(old))
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
