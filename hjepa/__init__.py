@@ -35,7 +35,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     evaluate.plots                        data in, matplotlib Axes out
     experiments.notebooks                 a notebook with parameters, in its own process
     experiments.transfer                  one recipe, several position schemes, read at many sizes
-    experiments.sweep experiments.tour    a grid of runs; the main job
+    experiments.tour experiments.sweep    the main job; a grid of runs
     cli                                   the command line
 
 Glossary. B batch, N tokens, D width; H and W the PATCH GRID (never pixels), height first everywhere. context_idx and
