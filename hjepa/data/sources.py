@@ -153,7 +153,10 @@ class FilePictures:
     def resized(self, indices: list[int], height: int, width: int) -> Tensor:
         images = torch.empty(len(indices), 3, height, width, dtype=torch.uint8)
         for row, index in enumerate(indices):
-            images[row] = fit(read_image(self.file(index)), height, width, fill=None)
+            image = self.kept.get(index)
+            if image is None or min(image.shape[-2:]) >= self.detail:  # it may have been shrunk: its file has more
+                image = read_image(self.file(index))
+            images[row] = fit(image, height, width, fill=None)
         return images
 
 

@@ -216,3 +216,21 @@ def test_one_process_downloads_and_the_others_wait_for_whole_files(tmp_path, mon
             time.sleep(0.05)
         found = [job.result() for job in jobs]
     assert len(calls) == 1 and all(data.ids == found[0].ids for data in found)
+
+
+def test_files_that_are_kept_whole_are_decoded_once_for_all_sizes(tmp_path, monkeypatch):
+    decoded, clean = [], sources.read_image
+    monkeypatch.setattr(sources, "read_image", lambda path: decoded.append(path) or clean(path))
+    for index, side in enumerate((20, 31, 32, 40)):  # detail is 32: the last is kept shrunk, and 32 may be so
+        pixels = torch.randint(256, (side, side + 3, 3), generator=torch.Generator().manual_seed(index))
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / f"{index}.png")
+    names = [f"{index}.png" for index in range(4)]
+    pictures = sources.FilePictures(tmp_path, names, 32)
+    for index in range(4):
+        pictures.source(index)
+    assert len(decoded) == 4
+    for size in ((16, 16), (24, 40)):
+        fresh = sources.FilePictures(tmp_path, names, 32).resized([0, 1, 2, 3], *size)
+        decoded.clear()
+        assert torch.equal(pictures.resized([0, 1, 2, 3], *size), fresh)
+        assert [path.name for path in decoded] == ["2.png", "3.png"]
