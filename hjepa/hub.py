@@ -39,6 +39,7 @@ from .train.checkpoint import (
     first_line,
     latest_checkpoint,
     load_checkpoint,
+    pictures_of,
     read_model,
     read_state,
     read_weights,
@@ -48,7 +49,6 @@ from .train.checkpoint import (
     write_json,
     write_weights,
 )
-from .train.log import pictures_of
 
 __all__ = [
     "CheckpointError", "build_encoders", "export_encoder", "latest_checkpoint", "load_checkpoint", "load_pretrained",

@@ -38,6 +38,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import Config, config_of
+from ..data.images import ImageData
+from ..data.index import digest
 from ..files import json_text, write_whole
 from ..inputs import UserError
 from . import shards
@@ -416,3 +418,8 @@ def _check_same(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Te
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def pictures_of(data: ImageData) -> dict[str, Any]:
+    """What a checkpoint keeps of the training pictures: their number, class names and a SHA-256 of their ids."""
+    return {"number": len(data), "classes": list(data.classes), "ids": digest(data.ids)}

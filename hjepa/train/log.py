@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, flat_config, load_config
-from ..data.images import ImageData
-from ..data.index import digest
 from ..files import json_text, read_json, write_whole
 from ..inputs import UserError
 from ..versions import differences, versions
@@ -179,11 +177,6 @@ def check_run_dir(config: Config, run_dir: Path, resume: bool, newest: Path | No
     if more == steps:
         return ""
     return f"{run_dir} was to end at step {steps}; from here on it follows the schedule of a run of {more} steps"
-
-
-def pictures_of(data: ImageData) -> dict[str, Any]:
-    """What a checkpoint keeps of the training pictures: their number, class names and a SHA-256 of their ids."""
-    return {"number": len(data), "classes": list(data.classes), "ids": digest(data.ids)}
 
 
 def check_pictures(run_dir: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:

@@ -51,12 +51,13 @@ from .checkpoint import (
     begin_checkpoint,
     latest_checkpoint,
     load_checkpoint,
+    pictures_of,
     read_state,
     save_checkpoint,
     write_json,
 )
 from .feed import Feed
-from .log import RunLog, check_pictures, check_run_dir, log_columns, note_versions, pictures_of, summary
+from .log import RunLog, check_pictures, check_run_dir, log_columns, note_versions, summary
 from .optimizer import build_optimizer
 from .schedule import generator_at, lr_at, mix, share
 from .sharding import fsdp_plugin, is_sharded, prepare, whole_weights
