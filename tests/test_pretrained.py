@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hjepa
-from hjepa import pretrained
+from hjepa import hub, pretrained
 from hjepa.train import train
 
 NAMES = hjepa.list_pretrained()
@@ -53,3 +53,11 @@ def test_half_precision_changes_features_by_less_than_a_hundredth(tiny, tmp_path
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(ValueError, match=f"pretrained encoder '{NAMES[0]}s' is not one of .*; nearest: {NAMES[0]}"):
         hjepa.load_pretrained(f"{NAMES[0]}s")
+
+
+def test_an_encoder_of_a_run_and_of_its_export_knows_the_pixels_of_its_training(tiny, tmp_path):
+    train(tiny("train.steps=1", "data.mean=[0.1, 0.2, 0.3]", "data.std=[0.3, 0.2, 0.1]"), tmp_path, progress=False)
+    export = hub.export_encoder(tmp_path, tmp_path / "out")
+    for encoder in (hjepa.load_run(tmp_path)[0], hub.load_pretrained(export)[0]):
+        assert (encoder.pixel_mean, encoder.pixel_std) == ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1))
+        assert not any("pixel" in name for name in encoder.state_dict())

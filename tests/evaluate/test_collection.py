@@ -10,13 +10,11 @@ import torch
 from PIL import Image
 
 import hjepa
-from hjepa import hub
 from hjepa.data.images import DATASETS, IMAGENET
 from hjepa.evaluate.collection import folder_features, neighbours
 from hjepa.evaluate.published import published_encoder
 from hjepa.evaluate.readers import knn_accuracy, linear_probe
 from hjepa.evaluate.transfer import with_strategy
-from hjepa.train import train
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_pictures.md"
 
@@ -75,14 +73,6 @@ def test_pixels_are_normalised_as_in_the_encoder_s_training(tmp_path):
     for encoder, pixels in ((drawings, (mean, std)), (published, (mean, std)), (Colour(), IMAGENET)):
         given = {"mean": pixels[0], "std": pixels[1]}
         assert torch.equal(folder_features(encoder, tmp_path)[0], folder_features(encoder, tmp_path, **given)[0])
-
-
-def test_an_encoder_of_a_run_and_of_its_export_knows_the_pixels_of_its_training(tiny, tmp_path):
-    train(tiny("train.steps=1", "data.mean=[0.1, 0.2, 0.3]", "data.std=[0.3, 0.2, 0.1]"), tmp_path, progress=False)
-    export = hub.export_encoder(tmp_path, tmp_path / "out")
-    for encoder in (hjepa.load_run(tmp_path)[0], hub.load_pretrained(export)[0]):
-        assert (encoder.pixel_mean, encoder.pixel_std) == ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1))
-        assert not any("pixel" in name for name in encoder.state_dict())
 
 
 def test_an_encoder_read_with_another_strategy_has_the_size_of_its_training(tmp_path):
