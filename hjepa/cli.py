@@ -276,7 +276,8 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     from .hub import changed_pictures
 
     asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
-    loaded = {name: _encoder_of(folder, arguments.which or "target") for name, folder in _named(arguments.run).items()}
+    folders = _named(arguments.run)
+    loaded = {name: _encoder_of(folder, arguments.which or "target") for name, folder in folders.items()}
     config = next(iter(loaded.values()))[1]
     for name, (_, other) in loaded.items():
         check_alike(f"--run {name}", other, arguments.run[0], config, sizes=not asked)
@@ -287,21 +288,22 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
             raise UserError(f"--run {name}: a baseline in the table has that name; rename the folder")
     size = config.data.image_size
     splits = [load_split(config, split, read_at=asked or config.evaluate.sizes) for split in ("train", "test")]
-    for folder in _named(arguments.run).values():
-        if place()[0] == 0 and (note := changed_pictures(folder, splits[0], config.data)):
+    for folder in folders.values() if place()[0] == 0 else ():
+        if note := changed_pictures(folder, splits[0], config.data):
             _say(f"hjepa: {note}")
     encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
     if arguments.dense:
         from .evaluate.dense import check_patches, dense_transfer, with_pixels
 
-        check_patches(with_pixels(encoders))
+        patches = with_pixels(encoders)
+        check_patches(patches)
     torch.set_num_threads(config.train.threads)
     options = as_dicts(config.evaluate) | {"train_size": size}
     options["sizes"] = asked or options["sizes"]
     about = [as_dicts(its) for _, its in loaded.values()]
     rows = _read(encoders, splits, options, arguments, about)
     if arguments.dense and rows:
-        rows += dense_transfer(with_pixels(encoders), *splits, train_size=size, sizes=options["sizes"])
+        rows += dense_transfer(patches, *splits, train_size=size, sizes=options["sizes"])
     if place()[0] == 0 and (note := left_out(*splits)):
         _say(f"hjepa: {note}")
     return _show_rows(rows, arguments)

@@ -19,7 +19,7 @@ from hjepa.config import save_config
 from hjepa.data.images import TrainView
 from hjepa.evaluate.transfer import effective_rank, encode, knn_accuracy
 from hjepa.files import hold, is_held
-from hjepa.hub import CheckpointError, export_encoder, latest_checkpoint, load_run
+from hjepa.hub import CheckpointError, export_encoder, latest_checkpoint, load_run, read_state
 from hjepa.inputs import UserError
 from hjepa.nn.encoders import TargetEncoder
 from hjepa.nn.hjepa import HJEPA
@@ -155,7 +155,8 @@ def test_a_run_starts_from_an_encoder_that_comes_with_the_package(tiny, tmp_path
 def test_a_run_goes_on_with_pictures_that_were_moved(tiny, tmp_path, pictures):
     train(tiny("train.steps=6", "train.checkpoint_every=3"), tmp_path / "run", progress=False)
     shutil.copytree(pictures, tmp_path / "moved")
-    train(tiny("train.steps=6", f"data.path={tmp_path / 'moved'}"), tmp_path / "run", resume=True, progress=False)
+    train(tiny("train.steps=8", f"data.path={tmp_path / 'moved'}"), tmp_path / "run", resume=True, progress=False)
+    assert read_log(tmp_path / "run")[-1]["step"] == 8 and latest_checkpoint(tmp_path / "run").name == "step_00000008"
 
 
 def own_pictures(pictures, folder):
@@ -193,6 +194,9 @@ def test_a_run_of_an_older_version_that_kept_nothing_of_its_pictures_goes_on(tin
     file.write_text(json.dumps(state | {"self": storage._digest_of(state)}))
     (mine / "down").rename(mine / "up")
     train(tiny("train.steps=3", f"data.path={mine}"), tmp_path / "run", resume=True, progress=False)
+    newest = latest_checkpoint(tmp_path / "run")
+    assert newest.name == "step_00000003"
+    assert read_state(newest)["extra"]["pictures"]["classes"][-1] == "up"  # from here on they are kept
 
 
 # ---- late stops
