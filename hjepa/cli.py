@@ -221,7 +221,7 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
     for model in models.values():
         for size in (home, *asked):
             model.check_size(size)
-    side = max(max(size) for size in (home, *asked))
+    side = (max(max(size) for size in (home, *asked)) + 1) // 2  # `load_data` takes files of twice its image_size
     splits = [load_data(name, split, root=root, path=arguments.path, image_size=side) for split in ("train", "test")]
     options = as_dicts(load_config().evaluate) | {"sizes": asked, "train_size": home}
     encoders = models | baselines(splits[0], home)

@@ -325,7 +325,10 @@ def test_large_sizes_are_read_from_files_that_have_them(run, tmp_path, monkeypat
     monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda _, *splits, **__: seen.append(splits))
     for sizes, folder in (("160", "imagenette2-160"), ("32,96x192", "imagenette2-320"), ("320", "imagenette2-320")):
         assert main(["evaluate", "--run", str(mine), "--sizes", sizes]) == 0
-        assert [data.pictures.folder.name for data in seen.pop()] == [folder] * 2
+        published = ["--timm", "vit_tiny_patch16_224", "--no-pretrained", "--fit-size", "32", "--data", "imagenette"]
+        assert main(["evaluate", *published, "--root", str(tmp_path), "--sizes", sizes]) == 0
+        assert [data.pictures.folder.name for splits in seen for data in splits] == [folder] * 4
+        seen.clear()
 
 
 def test_a_folder_that_changed_since_training_is_said_at_evaluation(run, pictures, tmp_path, capsys, monkeypatch):

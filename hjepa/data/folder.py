@@ -2,7 +2,8 @@
 
 Every mode that Pillow opens becomes three 8-bit channels: grey is repeated, a palette is looked up,
 transparent parts show white, 16 bits are scaled to 8 (65535 is white), the rotation noted by a camera (EXIF)
-is applied, and an animation gives its first frame. Float pixels have no fixed range and are refused.
+is applied, and an animation gives its first frame. Float pixels have no fixed range and are refused, and so are
+integers beyond 16 bits.
 
 A file that cannot be read is an error that names it, or with on_corrupt "skip" is left out (`hjepa.data.images`).
 Not covered: colour profiles (pixels are taken as sRGB), video, labels from anything but the folder's name.
@@ -81,7 +82,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise UserError("float pixels have no fixed range; save 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, or 32 bits used for 16
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        grey = np.asarray(image).astype(np.int64)
+        low, high = int(grey.min()), int(grey.max())
+        if low < 0 or high > 65535:
+            raise UserError(f"pixels from {low} to {high} go beyond 16 bits, 0 to 65535; save 8 or 16 bits")
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         clear = image.convert("RGBA")
@@ -238,6 +242,10 @@ def _labelled(folder: Path, stamps: dict[str, int]) -> tuple[list[str], list[int
             raise UserError(f"class folder {class_folder} holds no images; fill it or remove it")
         files += [f"{class_folder.name}/{name}" for name in found]
         labels += [label] * len(found)
+    if len(classes) == 1 and len(inside := _folders(classes[0])) > 1 and all("/" in file for file in found):
+        one = f"{classes[0].name}, with {len(inside)} folders and no image beside them"
+        what = f"folder {folder} holds one class folder, {one}; if those are the classes, give {classes[0]}"
+        raise UserError(f"{what} or move them up, else move the images out of them")
     _warn_of_loose(folder, "class folders")
     return files, labels, [item.name for item in classes]
 

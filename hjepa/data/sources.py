@@ -10,6 +10,7 @@ STL-10 (Coates et al. 2011), its labelled part; Imagenette (Howard 2019), ten cl
 
 import contextlib
 import gzip
+import os
 import socket
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -134,6 +135,11 @@ class FilePictures:
 
     def file(self, index: int) -> Path:
         return self.folder / self.names[index]
+
+    def stamps(self) -> list[tuple[int, int]]:
+        """Size in bytes and time of the last change in ns of each file."""
+        found = (os.stat(self.file(index)) for index in range(len(self.names)))
+        return [(file.st_size, file.st_mtime_ns) for file in found]
 
     def source(self, index: int) -> Tensor:
         if index in self.kept:

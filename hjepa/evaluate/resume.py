@@ -4,8 +4,8 @@
     rows = resolution_transfer(encoders, train, test, ..., kept=kept)
     kept.remove()  # once table.csv is written
 
-What is kept counts only under the same fingerprint. Of the pictures it holds the ids, the labels and the pixels of 64
-in each split: pictures that were changed between two calls under their old names may go unnoticed.
+What is kept counts only under the same fingerprint. Of the pictures it holds the ids, the labels, the pixels of 64 in
+each split, and of files the size and the time of the last change: a replaced file does not go unnoticed.
 Not covered: features, which are encoded again at the training size, where readers are fitted.
 """
 
@@ -61,4 +61,9 @@ def fingerprint(encoders: Mapping[str, EncoderLike], splits: Sequence[Any], **op
     for data in splits:
         digest.update(repr((data.ids, data.labels.tolist(), data.mean, data.std)).encode())
         digest.update(data.at_size(32, subset(len(data), 64, 0)).numpy().tobytes())
+        pictures = getattr(data, "pictures", None)
+        while pictures is not None:  # moved ones have others inside
+            if hasattr(pictures, "stamps"):
+                digest.update(repr(pictures.stamps()).encode())
+            pictures = getattr(pictures, "pictures", None)
     return digest.hexdigest()

@@ -83,6 +83,17 @@ def test_sixteen_bits_scale_to_eight_with_white_at_65535(tmp_path, ending):
     )
 
 
+@pytest.mark.parametrize("outside", [-1, 65536])
+def test_integers_beyond_sixteen_bits_are_refused(tmp_path, outside):
+    deep = np.full((4, 4), 300, np.int32)
+    Image.fromarray(deep).save(tmp_path / "within.tiff")
+    assert read_image(tmp_path / "within.tiff").unique().tolist() == [1]  # 300 / 257
+    deep[1, 2] = outside
+    Image.fromarray(deep).save(tmp_path / "beyond.tiff")
+    with pytest.raises(ValueError, match=rf"beyond.tiff.*pixels from .*{abs(outside)}.* beyond 16 bits"):
+        read_image(tmp_path / "beyond.tiff")
+
+
 def test_cmyk_jpeg_decodes_near_its_colours(tmp_path):
     Image.new("RGB", (32, 32), (200, 40, 90)).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
     assert (read_image(tmp_path / "x.jpg")[:, 16, 16] - torch.tensor([200, 40, 90])).abs().max() <= 4
@@ -192,6 +203,13 @@ def test_nested_files_are_found_and_hidden_ones_are_not(tmp_path):
     (tmp_path / ".cache").mkdir()
     ids = [id_ for part in SPLITS for id_ in load_data("imagefolder", part, path=tmp_path).ids]
     assert len(ids) == 17 and "cat/2024/may/holiday.JPG" in ids
+
+
+def test_a_folder_that_holds_the_folder_of_classes_is_not_one_class(tmp_path):
+    grid(tmp_path / "pets" / "images")
+    with pytest.raises(ValueError, match=r"pets holds one class folder, images, with 2 folders.* give .*pets/images"):
+        load_data("imagefolder", path=tmp_path / "pets")
+    assert load_data("imagefolder", path=tmp_path / "pets" / "images").classes == ["cat", "dog"]
 
 
 def test_folders_without_pictures_are_named_with_what_was_expected(tmp_path):

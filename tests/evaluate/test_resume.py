@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from hjepa.data import load_data
 from hjepa.evaluate.resume import Kept, fingerprint
-from hjepa.evaluate.transfer import resolution_transfer
+from hjepa.evaluate.transfer import resolution_transfer, subset
 
 SIZES = [8, 16, (8, 24), 32]
 
@@ -102,3 +104,21 @@ def test_the_fingerprint_changes_with_everything_that_rows_depend_on():
     assert len(set(keys)) == len(keys)
     assert fingerprint({"e": Means()}, (Noise(), Noise()), pool="mean") == keys[0]
     assert len(fingerprint({"e": Means().bfloat16()}, (Noise(),), pool="mean")) == 64
+
+
+def test_a_file_that_was_replaced_under_its_name_changes_the_fingerprint(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(60):  # more than the 64 pictures whose pixels are looked at
+            Image.new("RGB", (8, 8), (i, 2 * i, 90)).save(tmp_path / name / f"{i}.png")
+
+    def found(**moved):
+        return fingerprint({}, [load_data("imagefolder", "train", path=tmp_path, **moved)])
+
+    before = found(), found(moved=True)
+    assert (found(), found(moved=True)) == before
+    ids = load_data("imagefolder", "train", path=tmp_path).ids
+    unseen = set(range(len(ids))) - set(subset(len(ids), 64, 0).tolist())  # whose pixels are not looked at
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / ids[min(unseen)])
+    after = found(), found(moved=True)
+    assert after[0] != before[0] and after[1] != before[1]
