@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import hub
+from .config import Config, config_of
 from .files import user_path
 from .inputs import UserError, nearest
 from .nn.encoders import ContextEncoder, TargetEncoder
@@ -40,6 +41,11 @@ def load_pretrained(name: str) -> ContextEncoder | TargetEncoder:
     """
     check_one(name)
     return hub.load_pretrained(_folder(name))[0]
+
+
+def trained_config(name: str) -> Config:
+    """The config that an encoder of the package was trained with."""
+    return config_of(json.loads((_folder(name) / hub.CONFIG).read_text(encoding="utf-8"))["hjepa"]["config"], name)
 
 
 def folder_of(name: str) -> Path:

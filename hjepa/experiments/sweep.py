@@ -97,8 +97,8 @@ class Run:
     folder: Path
     parameters: dict[str, Any]
     varied: dict[str, Any]  # those that tell it from other runs
-    files: dict[str, str] = field(default_factory=dict)  # parameters that the notebook gets as full paths instead
-    recipe: str = ""  # digest of the recipe's text; "" without one
+    recipe_file: str = ""  # full path of the recipe; "" without one
+    recipe: str = ""  # digest of its text
 
     @property
     def finished(self) -> bool:
@@ -240,12 +240,11 @@ def _run(sweep: Sweep, fixed: dict[str, Any], varied: dict[str, Any], made_by: l
     found = _recipes(name, Path(sweep.notebook)) if isinstance(name, str) and name else []
     if not found:
         return Run(folder(), parameters, varied)
-    texts = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in found]
+    texts = [_digest(path.read_bytes()) for path in found]
     own, older = folder(texts[0]), folder()  # the recipe's text did not count in older names
     if not own.exists() and len(set(texts)) == 1 and _began_after(older, found):
         own = older
-    ours = found[0] == user_path(name).absolute() and not _is_packaged(found[0], name)
-    return Run(own, parameters, varied, {"recipe": str(found[0])} if ours else {}, texts[0])
+    return Run(own, parameters, varied, str(found[0]), texts[0])
 
 
 def _recipes(name: str, notebook: Path) -> list[Path]:
@@ -255,13 +254,6 @@ def _recipes(name: str, notebook: Path) -> list[Path]:
     with suppress(FileNotFoundError):
         places.append(find_file(name))
     return [path for path in [*places, notebook.parent / name] if path.is_file()]
-
-
-def _is_packaged(path: Path, name: str) -> bool:
-    """Whether a notebook finds this file by its name alone, as in a checkout."""
-    with suppress(FileNotFoundError):
-        return path.samefile(find_file(name))
-    return False
 
 
 def _began_after(folder: Path, recipes: list[Path]) -> bool:
@@ -323,7 +315,8 @@ def _attempt(notebook: str, run: Run) -> None:
     record: dict[str, Any] = {"state": "finished", "parameters": run.parameters, "notebook": notebook_digest(notebook),
                               "versions": versions(), **({"recipe": run.recipe} if run.recipe else {})}  # fmt: skip
     try:
-        parameters = {**run.parameters, **run.files, "run_dir": str(run.folder)}
+        recipe = {"recipe": _copied_recipe(run)} if run.recipe else {}
+        parameters = {**run.parameters, **recipe, "run_dir": str(run.folder)}
         execute(notebook, run.folder / Path(notebook).name, parameters, cwd=Path(notebook).parent, stream=sys.stdout)
         metrics = read_json(run.folder / "metrics.json")
         if not isinstance(metrics, dict) or not isinstance(metrics.get("rows"), list):
@@ -335,6 +328,20 @@ def _attempt(notebook: str, run: Run) -> None:
         record["state"] = "failed"
     record["seconds"] = round(time.time() - started, 1)
     write_whole(run.folder / "run.json", json_text(record, indent=1) + "\n")
+
+
+def _copied_recipe(run: Run) -> str:
+    """Path of the run's own copy of its recipe, which nobody edits while the notebook reads it again and again."""
+    text = Path(run.recipe_file).read_bytes()
+    if _digest(text) != run.recipe:
+        raise NotebookError(f"recipe {run.recipe_file} was edited since the sweep began; start the sweep again")
+    copy = run.folder / Path(run.recipe_file).name
+    write_whole(copy, text)
+    return str(copy)
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _one_line(error: BaseException) -> str:

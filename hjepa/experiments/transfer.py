@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ..build import build_encoders, load_split
-from ..config import Config, as_dicts, check_alike, config_of, load_config
+from ..config import Config, as_dicts, check_alike, config_of, flat_config, load_config
 from ..evaluate.baselines import BESIDE, baselines
 from ..evaluate.dense import check_patches, dense_transfer, with_pixels
 from ..evaluate.results import Row
 from ..evaluate.transfer import resolution_transfer, with_strategy
 from ..hub import load_run
 from ..inputs import UserError, check_choice
+from ..pretrained import list_pretrained, load_pretrained, trained_config
+from ..train.log import FREE_ON_RESUME
 from ..train.loop import train
 
 SCHEMES = {  # rotation, learned position embedding, further settings
@@ -34,6 +36,8 @@ SCHEMES = {  # rotation, learned position embedding, further settings
     "mixed": (True, False, ("model.rope.kind=mixed", "model.rope.theta=10")),
     "hybrid_mixed": (True, True, ("model.rope.kind=mixed", "model.rope.theta=10")),
 }
+PLACES = ("model.use_absolute", "model.position_embedding", "model.use_alibi", "model.rope.")
+CONTROL = "none, shipped"
 READ_AS = {"interpolate": "interpolated", "extrapolate": "extrapolated"}
 
 
@@ -88,6 +92,23 @@ def readers(configs: Mapping[str, Config], folder: str | Path, strategies: Seque
     return found | {"random init": build_encoders(first)[1].eval()}
 
 
+def _control(configs: Mapping[str, Config]) -> dict[str, Any]:
+    """The encoder of the package that had the recipe of `configs`, seed and all, without positions; {} if none had."""
+    wanted = _recipe(next(iter(configs.values())))
+    for name in list_pretrained():
+        trained = trained_config(name)
+        model = trained.model
+        placed = model.rope.use_rope or model.use_absolute or model.use_alibi
+        if not placed and _recipe(trained) == wanted and CONTROL not in configs:
+            return {CONTROL: load_pretrained(name)}
+    return {}
+
+
+def _recipe(config: Config) -> dict[str, Any]:
+    """What a training's result depends on, but for positions."""
+    return {key: value for key, value in flat_config(config).items() if not key.startswith((*FREE_ON_RESUME, *PLACES))}
+
+
 def read_all(
     configs: Mapping[str, Config],
     folder: str | Path,
@@ -101,6 +122,7 @@ def read_all(
 ) -> list[Row]:
     """Rows of `resolution_transfer` for every trained encoder beside its random start and the simple baselines.
 
+    Where an encoder without positions comes with the package that was trained as these were, it stands beside them.
     dense: also those of `dense_transfer`, for which all patches must have one side. sizes: pixels, beside the training
     size. hits receives which test pictures were right (`resolution_transfer`), for intervals over seeds and pictures
     together.
@@ -118,7 +140,7 @@ def read_all(
     size, options = config.data.image_size, as_dicts(config.evaluate)
     options.pop("sizes")
     simple = baselines(known, size)
-    everybody = {**readers(configs, folder, strategies), **simple}
+    everybody = {**readers(configs, folder, strategies), **_control(configs), **simple}
     if dense:
         check_patches(with_pixels(everybody))
     rows = resolution_transfer(

@@ -18,7 +18,8 @@ from hjepa.evaluate.plots import sweep_figure
 from hjepa.evaluate.primary import crossed_interval, save_hits
 from hjepa.evaluate.results import rows_from_csv, sweep_rows, sweep_summary
 from hjepa.experiments.notebooks import notebook_digest
-from hjepa.experiments.sweep import announcement, gather, load_sweep, run_sweep
+from hjepa.experiments.sweep import announcement, gather, load_sweep, run_one, run_sweep
+from hjepa.experiments.tour import find_file
 from hjepa.files import hold, read_json
 from hjepa.versions import versions
 
@@ -199,6 +200,20 @@ def test_an_edited_recipe_makes_its_runs_again(tmp_path, monkeypatch):
         assert load_sweep(file)[1][0].folder == before.folder and before.finished
 
 
+def test_a_run_reads_the_recipe_that_its_name_stands_for(tmp_path, monkeypatch):
+    """Edited after the sweep began: an error before the run starts, and not seen while it goes on."""
+    folder = with_recipe(tmp_path)
+    edited(folder, "threads = 2", "threads = 2\\nfrom pathlib import Path\\nPath('own.yaml').write_text('0.1')")
+    monkeypatch.chdir(folder)
+    (folder / "own.yaml").write_text("0.5")
+    run, other = load_sweep(write(folder, "seeds: [0, 1]"))[1]
+    run_one(str(folder / "tiny.ipynb"), run, 1)
+    assert (folder / "own.yaml").read_text() == "0.1"
+    assert read_json(run.folder / "metrics.json")["rows"][0]["value"] == 0.5
+    run_one(str(folder / "tiny.ipynb"), other, 1)
+    assert other.error == f"recipe {folder / 'own.yaml'} was edited since the sweep began; start the sweep again"
+
+
 def test_runs_made_before_recipes_counted_are_kept_until_the_recipe_is_edited(tmp_path, monkeypatch):
     folder = with_recipe(tmp_path)
     monkeypatch.chdir(folder)
@@ -217,7 +232,7 @@ def test_runs_made_before_recipes_counted_are_kept_until_the_recipe_is_edited(tm
 
 
 def test_a_recipe_of_the_current_folder_wins_over_the_packages(tmp_path, monkeypatch):
-    """Its full path goes to the notebook alone: a run is the same in whatever folder the same text lies."""
+    """Its path goes to the notebook alone: a run is the same in whatever folder the same text lies."""
     folder, name = with_recipe(tmp_path), "configs/photographs.yaml"
     text = f"seeds: [0]\nparameters: {{recipe: {name}}}"
     seen = {}
@@ -228,7 +243,7 @@ def test_a_recipe_of_the_current_folder_wins_over_the_packages(tmp_path, monkeyp
         monkeypatch.chdir(tmp_path / place)
         seen[place] = load_sweep(write(folder, text))[1][0]
         assert seen[place].parameters["recipe"] == name
-        assert seen[place].files == ({"recipe": str(tmp_path / place / name)} if number else {})
+        assert seen[place].recipe_file == str(tmp_path / place / name if number else find_file(name))
     assert seen["here"].folder == seen["there"].folder
     assert len({run.folder for run in seen.values()}) == len({run.recipe for run in seen.values()}) == 3
     monkeypatch.chdir(tmp_path / "other")

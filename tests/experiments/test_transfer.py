@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from hjepa.build import load_split
 from hjepa.config import load_config
 from hjepa.experiments.sweep import load_sweep
-from hjepa.experiments.transfer import SCHEMES, read_all, readers, scheme_configs, train_all
+from hjepa.experiments.transfer import SCHEMES, _control, read_all, readers, scheme_configs, train_all
+from hjepa.pretrained import load_pretrained
 from hjepa.train.checkpoint import latest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,17 @@ def test_pictures_are_loaded_with_the_detail_of_the_sizes_asked(tiny, tmp_path, 
 def test_a_variant_named_like_a_baseline_is_refused(tiny, tmp_path, name):
     with pytest.raises(ValueError, match=f"variant '{name}': a baseline in the table has that name"):
         read_all({"rope": tiny(), name: tiny()}, tmp_path, [16])
+
+
+def test_the_control_without_positions_has_the_recipe_and_the_seed_of_the_others():
+    recipe = ROOT / "configs/rope_experiment.yaml"
+    for schemes in (["rope", "absolute"], ["absolute"], ["mixed"]):
+        (control,) = _control(scheme_configs(recipe, schemes, ["data.root=elsewhere", "train.threads=2"])).values()
+        assert not control.use_absolute and not control.strategies
+    weights, shipped = control.state_dict(), load_pretrained("openmoji-none").state_dict()
+    assert all(torch.equal(weights[key], shipped[key]) for key in shipped)
+    for other in ("train.seed=1", "train.steps=120", "data.moved=false", "objective=views", "model.depth=3"):
+        assert _control(scheme_configs(recipe, ["rope"], [other])) == {}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/sweeps/*.yaml")), ids=lambda path: path.stem)
