@@ -1,6 +1,8 @@
 """Figures: data in, a matplotlib Axes out.
 
-One palette (Okabe & Ito 2008, told apart by colour-blind readers), and one colour for one thing everywhere.
+One colour for one thing everywhere. The position schemes and the strategies for other grids wear the palette of Okabe &
+Ito (2008) and one brown, and nothing else does. Context, target, rows, levels and what has no name wear other hues
+(three of Paul Tol's muted scheme and more), so that no line looks like a scheme that it is not.
 Fonts, sizes and grids stand in `notebooks/matplotlibrc`. Every function draws on the Axes it is given, or on a
 new one, and returns it; titles that state a finding are left to the caller.
 Not covered: saving, captions, animation (a notebook calls a function once per frame).
@@ -14,9 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
+from matplotlib.patheffects import withStroke
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
@@ -26,16 +29,26 @@ from ..nn.masks import Masks, level_grid
 from .results import Row, by_encoder, by_setting, home_size, summarise
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-ORANGE, SKY, BLACK = "#E69F00", "#56B4E9", "#000000"
-BROWN = "#8C564B"
-CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # as axes.prop_cycle in matplotlibrc
+ORANGE, SKY, BLACK, BROWN = "#E69F00", "#56B4E9", "#000000", "#8C564B"
+INDIGO, OLIVE, WINE, LAVENDER = "#332288", "#999933", "#882255", "#9F8CFF"
+ROSE, MOSS = "#DD3366", "#4D6600"
+CYCLE = (INDIGO, OLIVE, WINE, LAVENDER, ROSE, MOSS)  # as axes.prop_cycle in matplotlibrc
+INK = "#444444"  # reference lines and marks
+_ORDERED = LinearSegmentedColormap.from_list("ordered", (LAVENDER, "#7744CC", "#3D0070"))
+SIGNED = LinearSegmentedColormap.from_list("signed", ("#444400", OLIVE, "#FFFFFF", LAVENDER, INDIGO))
+
+
+def shades(n: int) -> list[str]:
+    """n colours of one hue, light to dark, for things that have an order: levels, layers, values of theta."""
+    return [to_hex(_ORDERED(i / max(n - 1, 1))).upper() for i in range(n)]
+
+
 COLORS = {
-    "context": BLUE, "target": ORANGE, "predicted": GREEN,
     "absolute": PURPLE, "rope": VERMILLION, "sincos": BLUE, "hybrid": SKY, "none": BLACK,
-    "random": "#999999", "pixels": "#666666", "histogram": "#B3B3B3", "hog": "#333333", "chance": "#CCCCCC",
     "extrapolate": ORANGE, "interpolate": VERMILLION, "ntk": GREEN, "ntk_by_parts": BROWN,
-    "row": BLUE, "column": VERMILLION,
-    "level 0": ORANGE, "level 1": GREEN, "level 2": PURPLE,
+    "context": INDIGO, "target": ROSE, "predicted": OLIVE, "row": WINE, "column": MOSS,
+    **{f"level {level}": color for level, color in enumerate(shades(3))},
+    "random": "#999999", "pixels": "#737373", "histogram": "#B3B3B3", "hog": "#4D4D4D", "chance": "#CCCCCC",
 }  # fmt: skip
 BASELINES = ("random", "pixels", "histogram", "hog", "chance")  # drawn grey and dashed
 STYLES = {"extrapolate": ("-.", "s")}  # line and marker of an orange beside another
@@ -65,12 +78,15 @@ def _key(name: str) -> str | None:
 
 
 def line_colors(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each label: that of the thing it names, else, or if an earlier label has it, a free one."""
+    """A colour for each label: that of the thing it names, else, or if an earlier label has it, a free one.
+
+    A free one is never that of a scheme or strategy, nor of a thing that another label names.
+    """
+    wanted = {name: COLORS.get(_key(name) or "") for name in names}
     given: dict[str, str] = {}
-    for name in names:
-        wanted = COLORS.get(_key(name) or "")
-        free = [color for color in CYCLE if color not in given.values()] or list(CYCLE)
-        given[name] = wanted if wanted and wanted not in given.values() else free[0]
+    for name, color in wanted.items():
+        free = [c for c in CYCLE if c not in (*given.values(), *wanted.values())] or list(CYCLE)
+        given[name] = color if color and color not in given.values() else free[0]
     return given
 
 
@@ -107,9 +123,9 @@ def transfer_figure(
         ax.plot(x, value, color=colors[name], label=name, **drawn)
         ax.fill_between(x, low, high, color=colors[name], alpha=0.07 if simple else 0.15, linewidth=0)
     home = size_pair(train_size)
-    ax.axvline(float(np.sqrt(home[0] * home[1])), color="#444444", lw=1, ls=":", label="_training size")
+    ax.axvline(float(np.sqrt(home[0] * home[1])), color=INK, lw=1, ls=":", label="_training size")
     ax.annotate("trained here", (float(np.sqrt(home[0] * home[1])), 1), xycoords=("data", "axes fraction"),
-                xytext=(3, -2), textcoords="offset points", va="top", fontsize="small", color="#444444")  # fmt: skip
+                xytext=(3, -2), textcoords="offset points", va="top", fontsize="small", color=INK)  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(ticks), [ticks[x] for x in sorted(ticks)])
     ax.minorticks_off()
@@ -168,7 +184,7 @@ def cells_figure(
             shown = summarise([{key: value for key, value in row.items() if key != "cell"} for row in own])
             transfer_figure(shown, metric, train_size, ax=ax, labels=False)
             for size in (trained or {}).get(cell, ()):
-                ax.axvline(size, color="#444444", lw=1, ls=":", label="_trained too")
+                ax.axvline(size, color=INK, lw=1, ls=":", label="_trained too")
             ax.set_ylabel(METRICS.get(metric, metric).split("\n")[0] if ax in block[:, 0] else "")
             ax.set_xlabel(ax.get_xlabel() if ax in axes[-1] else "")
             if metric == metrics[0] or lines > 1:
@@ -228,7 +244,7 @@ def score_map(scores: Tensor, query: Any, grid_size: tuple[int, int], *, ax: Axe
     """Scores of one query against every patch, as a picture of the grid; the query's cell is framed.
 
     scores [H*W] or [H, W]; query: (row, column) or a row-major index. Scores of both signs get a two-sided
-    colour scale with white at zero.
+    colour scale, olive below zero, white at zero and indigo above.
     """
     ax = ax or plt.subplots(figsize=(3, 3))[1]
     values = scores.detach().cpu().float().reshape(grid_size).numpy()
@@ -237,10 +253,12 @@ def score_map(scores: Tensor, query: Any, grid_size: tuple[int, int], *, ax: Axe
         raise ValueError(f"query {query} is outside the {grid_size[0]}x{grid_size[1]} grid")
     reach = float(np.abs(values).max())
     if values.min() < 0 < values.max():
-        ax.imshow(values, cmap="PuOr", vmin=-reach, vmax=reach)
+        ax.imshow(values, cmap=SIGNED, vmin=-reach, vmax=reach)
     else:
         ax.imshow(values)
-    ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec=VERMILLION, lw=2))
+    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec="white", lw=1.6)
+    frame.set_path_effects([withStroke(linewidth=3.6, foreground="#000000")])  # seen on light and on dark cells
+    ax.add_patch(frame)
     ax.set(xlabel="patch column", ylabel="patch row")
     ax.locator_params(integer=True)
     ax.grid(False)
@@ -251,7 +269,7 @@ def show_masks(
     image: Tensor, masks: Masks, sample: int, grid_size: tuple[int, int], patch_size: int, *, level: int = 0,
     ax: Axes | None = None,
 ) -> Axes:  # fmt: skip
-    """One picture under its masks: context patches blue, target cells of a level orange, the rest faded.
+    """One picture under its masks: context patches indigo, target cells of a level rose, the rest faded.
 
     image [3, h, w] in 0..1 (see `picture`). Each target cell is outlined and its centre marked: the position, in
     patches and often fractional, at which the predictor is asked.
@@ -329,7 +347,7 @@ def token_pairs(
 ) -> Sequence[Axes]:
     """A token at `place` (row, column) on the grid, and beside it the angles [2, P] of its row and column pairs.
 
-    Row things are blue and column things orange. Both axes are cleared first, so that a call draws one frame.
+    Row things are wine red and column things moss green. Both axes are cleared first, so that a call draws one frame.
     """
     (row, column), (grid, circles) = place, axes
     for ax in axes:

@@ -1,6 +1,6 @@
 """Figures, checked by the data in the Axes they return."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import matplotlib
@@ -8,24 +8,37 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from skimage.color import rgb2lab
 
 from hjepa.evaluate.plots import (
     BASELINES,
     COLORS,
     CYCLE,
+    INK,
+    SIGNED,
     line_colors,
     pca_features,
     picture,
     rotation_pairs,
     score_map,
+    shades,
     show_masks,
     token_pairs,
     training_curves,
     transfer_figure,
 )
+from hjepa.experiments.transfer import SCHEMES
+from hjepa.nn.frequencies import STRATEGIES
 from hjepa.nn.masks import Masks
 
 STYLE = Path(__file__).parents[2] / "notebooks" / "matplotlibrc"
+RESERVED = {COLORS[key] for key in (*SCHEMES, *STRATEGIES) if key in COLORS}
+# Linear RGB as readers without red or green cones see it (Machado et al. 2009, table 1, severity 1.0)
+SIGHTS = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +138,50 @@ def test_two_labels_never_share_a_colour():
     given = line_colors(["rope theta 10", "rope theta 100", "rope theta 1000", "other", "absolute"])
     assert given["rope theta 10"] == COLORS["rope"]
     assert len(set(given.values())) == 5
+
+
+def test_a_free_colour_is_that_of_no_scheme_and_of_no_other_label():
+    given = line_colors(["one run", "another", "third", "rope", "rope again", "context", "predicted"])
+    assert given["rope"] == COLORS["rope"] and given["context"] == COLORS["context"]
+    assert given["predicted"] == COLORS["predicted"] and len(set(given.values())) == len(given)
+    assert RESERVED & set(given.values()) == {COLORS["rope"]}
+
+
+def _lab(color, sight="all cones"):
+    """CIE Lab of a colour as a reader of that sight sees it."""
+    rgb = np.array(matplotlib.colors.to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.asarray(SIGHTS[sight]) @ linear, 0, 1)
+    return rgb2lab(np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)[None, None])[0, 0]
+
+
+def _apart(one, other, sight="all cones"):
+    return float(np.linalg.norm(_lab(one, sight) - _lab(other, sight)))
+
+
+def test_no_colour_is_near_that_of_a_scheme_or_strategy():
+    """By 25 in CIE Lab, ten times what the eye just tells apart. Two schemes differ by 26 at least."""
+    named = {key: color for key, color in COLORS.items() if key not in (*SCHEMES, *STRATEGIES)}
+    others = {**named, "ink": INK, **{f"cycle {i}": color for i, color in enumerate(CYCLE)}}
+    others |= {f"shade {i} of {n}": color for n in range(2, 6) for i, color in enumerate(shades(n))}
+    others |= {f"signed {x:.1f}": SIGNED(x) for x in np.linspace(0, 1, 11)}
+    near = {(key, scheme) for key, color in others.items() for scheme in RESERVED if _apart(color, scheme) < 25}
+    assert len(RESERVED) == 8 and len(named) == 13 and near == set()
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_colours_of_one_figure_stay_apart_for_colour_blind_readers(sight):
+    """As far as the two nearest of the schemes: 17.9 in CIE Lab, ntk and absolute without green cones."""
+    groups = ["context", "target", "predicted"], ["row", "column"], ["level 0", "level 1", "level 2"]
+    together = [[COLORS[key] for key in group] for group in groups] + [list(CYCLE)]
+    assert min(_apart(a, b, sight) for group in together for a, b in combinations(group, 2)) > 17.9
+
+
+def test_lines_stand_out_from_white():
+    """A contrast of 2.6 at least (WCAG 2.2), more than two of the schemes' colours have."""
+    lines = [*CYCLE, *shades(5), *(color for key, color in COLORS.items() if key not in BASELINES)]
+    luminance = {c: ((_lab(c)[0] + 16) / 116) ** 3 for c in lines if c not in RESERVED}  # L to Y, above 0.009
+    assert min(1.05 / (y + 0.05) for y in luminance.values()) > 2.6
 
 
 def test_cycle_of_the_style_file_is_the_palette():
