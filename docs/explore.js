@@ -91,7 +91,7 @@ if (typeof module !== "undefined") {
 // ---- the page
 
 const PATCH = 16, DIM = 64, LOW = -0.25, HIGH = 1;
-const ROW = "#0072B2", COLUMN = "#D55E00", GREY = "#999999", INK = "#222222";
+const ROW = "#882255", COLUMN = "#4D6600", GREY = "#999999", INK = "#222222";
 const CIVIDIS = [[0, 34, 78], [33, 59, 110], [76, 85, 108], [108, 110, 114], [141, 137, 120], [176, 166, 112],
   [216, 198, 92], [254, 232, 56]];
 
@@ -122,9 +122,11 @@ function drawMap(canvas, map, query) {
     context.fillStyle = colour(value);
     context.fillRect(c * cell, r * cell, cell + 0.5, cell + 0.5);
   }));
-  context.strokeStyle = COLUMN;
-  context.lineWidth = 2.5;
-  context.strokeRect(query[1] * cell + 1, query[0] * cell + 1, cell - 2, cell - 2);
+  for (const [shade, width] of [["#000000", 4], ["#ffffff", 1.8]]) {  // seen on light and on dark cells
+    context.strokeStyle = shade;
+    context.lineWidth = width;
+    context.strokeRect(query[1] * cell + 1, query[0] * cell + 1, cell - 2, cell - 2);
+  }
   return cell;
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from hjepa.evaluate.plots import COLORS
 from hjepa.nn.frequencies import STRATEGIES
 from hjepa.nn.rope import VisionRoPE2D, grid_positions, rotate
 
@@ -95,6 +96,13 @@ def test_the_page_compares_with_training_at_the_same_place(answers: list[dict[st
 def test_the_page_offers_the_strategies_of_the_package(answers: list[dict[str, Any]]) -> None:
     offered = re.findall(r'<option value="(\w+)"', (DOCS / "explore.html").read_text(encoding="utf-8"))
     assert tuple(offered) == tuple(answers[0]["strategies"]) == STRATEGIES
+
+
+def test_rows_and_columns_wear_the_colours_of_the_course() -> None:
+    text, script = ((DOCS / name).read_text(encoding="utf-8") for name in ("explore.html", "explore.js"))
+    for name in ("row", "column"):
+        drawn = re.findall(rf"{name.upper()} = \"(#\w+)\"", script), re.findall(rf"\.{name} {{ color: (#\w+)", text)
+        assert drawn == ([COLORS[name]], [COLORS[name]])
 
 
 def test_the_page_asks_nobody_for_anything() -> None:
