@@ -13,6 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.timing import met
+from hjepa.evaluate.plots import COLORS, INK
 
 Results = Mapping[str, Any]
 TITLES = {
@@ -30,7 +31,6 @@ TITLES = {
     "data": "Data loading, against the step",
     "views": "A step on views of photographs, against a plain loop and lightly",
 }
-BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#999999"
 
 
 def section(results: Results, name: str) -> list[dict[str, Any]]:
@@ -156,11 +156,11 @@ def figure(results: Results) -> Figure:
         left, right = drawn.subplots(1, 2)
         entries = section(results, "encoders")
         on = [(f"{e['title']}, {e['threads']} thr.", e["rows"]["RoPE on"]["ratio"]) for e in entries]
-        _dots(left, on, [VERMILLION] * len(on))
+        _dots(left, on, [COLORS["rope"]] * len(on))
         left.set_title("Whole encoders: RoPE on / off")
         peers = [entry for entry in section(results, "peers") if entry["title"].startswith("attention layer")]
         rows = {name: row["ratio"] for name, row in peers[0]["rows"].items() if name != peers[0]["base"]}
-        _dots(right, list(rows.items()), [VERMILLION if name == "hjepa" else GREY for name in rows])
+        _dots(right, list(rows.items()), [COLORS["rope"] if name == "hjepa" else COLORS["random"] for name in rows])
         right.set_title("Attention layer, float32, forward: with / without rotation")
         return drawn
 
@@ -171,7 +171,7 @@ def _dots(axes: Any, rows: Sequence[tuple[str, Mapping[str, float]]], colors: Se
         low, median, high = (100 * (ratio[key] - 1) for key in ("low", "median", "high"))
         axes.plot([low, high], [place, place], color=color, linewidth=2)
         axes.plot([median], [place], "o", color=color)
-    axes.axvline(0, color="#444444", linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel("extra time, per cent (median and quartiles)")
