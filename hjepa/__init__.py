@@ -22,6 +22,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     train.checkpoint                      weights on disk, written whole or not at all
     hub pretrained                        load_run, exports; small encoders that come with the package
     evaluate.measures evaluate.readers    rank, spread, intervals; kNN, retrieval, linear probes
+    evaluate.shown                        which pictures are read, and in how many places
     evaluate.processes                    processes that encode together
     evaluate.results evaluate.transfer    rows of results; frozen features -> accuracy at any size
     evaluate.resume                       a stopped evaluation goes on

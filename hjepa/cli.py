@@ -105,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sizes", metavar="LIST", help="such as 32,48,96 or 48x96 (height x width), in pixels")
     evaluate.add_argument("--strategy", metavar="LIST", help="RoPE strategies to read each run with, comma-separated")
     evaluate.add_argument("--which", choices=("target", "context"), help="which encoder of a run (default: target)")
+    evaluate.add_argument(
+        "--placements", metavar="N", type=int,
+        help="fixed places that each test picture is read in, of data.moved (default: the run's own, mostly 1)",
+    )  # fmt: skip
     evaluate.add_argument("--data", metavar="NAME", help="data set (default: the run's own; with --timm openmoji)")
     evaluate.add_argument("--path", metavar="FOLDER", help="folder of class folders, of imagefolder")
     evaluate.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
@@ -176,7 +180,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-RUNS_ONLY, TIMM_ONLY = ("strategy", "dense", "which"), ("checkpoint", "no_pretrained", "fit_size")
+RUNS_ONLY, TIMM_ONLY = ("strategy", "dense", "which", "placements"), ("checkpoint", "no_pretrained", "fit_size")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -193,7 +197,8 @@ def _evaluate_here(arguments: argparse.Namespace) -> int:
     if bool(arguments.run) == bool(arguments.timm):
         need = "--run and --timm exclude each other" if arguments.run else "the following arguments are required: --run"
         raise UserError(f"{need}; give --run FOLDER, or --timm NAME with --data NAME")
-    odd = [name for name in (TIMM_ONLY if arguments.run else RUNS_ONLY) if getattr(arguments, name)]
+    others = TIMM_ONLY if arguments.run else RUNS_ONLY
+    odd = [name for name in others if getattr(arguments, name) not in (None, False)]
     if odd:
         given, other = ("--run", "--timm") if arguments.run else ("--timm", "--run")
         raise UserError(f"--{odd[0].replace('_', '-')} goes with {other}, not with {given}")
@@ -231,7 +236,8 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
 def _read(encoders: dict[str, Any], splits: list[Any], options: dict[str, Any], arguments: Any, about: Any = ()) -> Any:
     """Rows of `resolution_transfer`; with --out, sizes that the same command read before it was stopped are kept.
 
-    about: what the encoders depend on beside their weights.
+    options: those of `resolution_transfer`, and `placements`, which the splits have already. about: what the encoders
+    depend on beside their weights.
     """
     from .evaluate.processes import place
     from .evaluate.resume import Kept, fingerprint
@@ -241,6 +247,7 @@ def _read(encoders: dict[str, Any], splits: list[Any], options: dict[str, Any], 
     if arguments.out and place()[0] == 0:
         key = fingerprint(encoders, splits, **options | {"sizes": None}, about=about)
         kept = Kept(user_path(arguments.out), key)
+    del options["placements"]
     return resolution_transfer(encoders, *splits, progress=True, kept=kept, **options)
 
 
@@ -279,15 +286,19 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     folders = _named(arguments.run)
     loaded = {name: _encoder_of(folder, arguments.which or "target") for name, folder in folders.items()}
     config = next(iter(loaded.values()))[1]
+    for _, its in loaded.values() if arguments.placements is not None else ():
+        its.evaluate.placements = arguments.placements
     for name, (_, other) in loaded.items():
         check_alike(f"--run {name}", other, arguments.run[0], config, sizes=not asked)
-    _other_data(config.data, arguments)
+    _other_data(config, arguments)
     encoders = _views(loaded, arguments.strategy)
     for name in (*BESIDE, *(["chance"] if arguments.dense else [])):
         if name in encoders:
             raise UserError(f"--run {name}: a baseline in the table has that name; rename the folder")
     size = config.data.image_size
-    splits = [load_split(config, split, read_at=asked or config.evaluate.sizes) for split in ("train", "test")]
+    read_at = asked or config.evaluate.sizes
+    places = {"train": 1, "test": config.evaluate.placements}
+    splits = [load_split(config, split, number, read_at=read_at) for split, number in places.items()]
     for folder in folders.values() if place()[0] == 0 else ():
         if note := changed_pictures(folder, splits[0], config.data):
             _say(f"hjepa: {note}")
@@ -335,15 +346,18 @@ def _named(runs: list[str]) -> dict[str, Path]:
     return {"/".join(folder.parts[-parts:]): folder for folder in folders}
 
 
-def _other_data(data: Any, arguments: argparse.Namespace) -> None:
+def _other_data(config: Any, arguments: argparse.Namespace) -> None:
     """Set the pictures that --data, --path and --root name; they are normalised as those trained on were.
 
     Others than those trained on have other classes and another number: data.classes and data.limit are left out, and
-    data.moved, which is about drawings.
+    data.moved, which is about drawings, with evaluate.placements. ValueError on --placements of pictures that are not
+    moved.
     """
+    from .config import check_placements
     from .data.images import DATASETS
     from .evaluate.processes import place
 
+    data = config.data
     own = data.name, user_path(data.path or "").resolve()
     if arguments.data:
         check_choice("--data", arguments.data, tuple(DATASETS))
@@ -353,12 +367,15 @@ def _other_data(data: Any, arguments: argparse.Namespace) -> None:
     data.path, data.root = arguments.path or data.path, arguments.root or data.root
     _check_path(arguments.path, data.name)
     if (data.name, user_path(data.path or "").resolve()) == own:
+        check_placements(config.evaluate.placements, data.moved, "--placements")
         return
     dropped = [f"data.{key}={data[key]}" for key in ("limit", "classes") if data[key] is not None]
     said = [f"all of them, not {', '.join(dropped)}"] if dropped else []
     said += ["as they are, data.moved=true was dropped"] if data.moved else []
     data.limit = data.classes = None
     data.moved = False
+    config.evaluate.placements = 1 if arguments.placements is None else arguments.placements
+    check_placements(config.evaluate.placements, False, "--placements")
     if said and place()[0] == 0:
         _say(f"hjepa: other pictures than those trained on, so {'; '.join(said)}")
 

@@ -196,6 +196,7 @@ class EvaluateConfig:
     sizes: list[Any] = key([32, 48, 64, 96, 128])  # pixels: a side, or "48x96"
     gallery: int = key(2000, at_least=1)  # training pictures that the readers are fitted on
     queries: int = key(1000, at_least=1)  # test pictures
+    placements: int = key(1, at_least=1, at_most=1000)  # fixed places that each test picture is read in; data.moved
     few: int | None = key(None, at_least=2)  # also a probe fitted on so few pictures, probe_few
     knn_k: int = key(20, at_least=1)  # neighbours that vote
     pool: str = key("mean", choices=("mean", "pyramid"))  # mean of patch tokens; pyramid: that and a 2x2 grid of means
@@ -448,6 +449,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
     few, gallery = values["evaluate.few"], values["evaluate.gallery"]
     if few is not None and few > gallery:
         raise UserError(f"evaluate.few={few} pictures are more than evaluate.gallery={gallery}")
+    check_placements(values["evaluate.placements"], values["data.moved"])
     if values["train.ema_end"] < values["train.ema_start"]:
         start = f"train.ema_start={values['train.ema_start']}"
         raise UserError(f"train.ema_end={values['train.ema_end']} must not be below {start}")
@@ -456,6 +458,13 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(f"model.level_weights={weights} must be 1 to 4 numbers >= 0, not all 0")
     for size in values["evaluate.sizes"]:
         size_pair(size)
+
+
+def check_placements(number: int, moved: bool, name: str = "evaluate.placements") -> None:
+    """ValueError unless test pictures can be read in so many fixed places each. name: of what said so."""
+    _check_number(name, number, ALLOWED["evaluate.placements"])
+    if number > 1 and not moved:
+        raise UserError(f"{name}={number}: pictures have one place each unless data.moved=true; nearest: {name}=1")
 
 
 # what two runs must share to be read together; the rest of `data` is about training alone

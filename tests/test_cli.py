@@ -312,6 +312,37 @@ def test_other_pictures_are_not_moved(run, pictures, tmp_path, capsys, monkeypat
         assert {isinstance(data.pictures, MovedPictures) for data in seen.pop()} == {moved}
 
 
+def test_moved_pictures_are_read_in_as_many_fixed_places_as_asked(run, tmp_path, capsys):
+    """All of them, and baselines too, on the same ones; each picture counts once."""
+    mine, out = copy_of(run, tmp_path / "mine", moved=True), tmp_path / "e.csv"
+    words = ["evaluate", "--run", mine, "--sizes", "64", "--out", out]
+    assert main([str(word) for word in [*words, "--placements", 2, "--dense"]]) == 0
+    rows = rows_from_csv(out)
+    assert {(row["n"], row["placements"]) for row in rows if row["metric"] in ("knn", "probe", "cka")} == {(20, 2)}
+    assert {"mine", "random init", "raw pixels", "HOG"} < {row["encoder"] for row in rows}
+    assert {row["placements"] for row in rows if row["metric"] == "match_0"} == {2}
+    save_config(load_config(mine / "config.yaml", ["evaluate.placements=2"]), mine / "config.yaml")
+    words += ["--run", copy_of(run, tmp_path / "other", moved=True)]
+    assert "evaluate.placements=1, " in error_of(words, capsys)
+    assert "--placements=0 must be between 1 and 1000" in error_of([*words, "--placements", 0], capsys)
+
+
+def test_placements_of_pictures_that_are_not_moved_are_refused(run, pictures, tmp_path, capsys):
+    once = "--placements=3: pictures have one place each unless data.moved=true; nearest: --placements=1"
+    words = ["evaluate", "--run", run, "--sizes", "64", "--placements", "3"]
+    assert once in error_of(words, capsys)
+    mine = copy_of(run, tmp_path / "mine", limit=None, moved=True)
+    words[2] = mine
+    assert once in error_of([*words, "--data", "imagefolder", "--path", pictures], capsys)
+    assert "--placements goes with --run, not with --timm" in error_of(
+        ["evaluate", "--timm", "vit_tiny_patch16_224", "--placements", "3"], capsys
+    )
+    save_config(load_config(mine / "config.yaml", ["evaluate.placements=2"]), mine / "config.yaml")
+    words = ["evaluate", "--run", mine, "--sizes", "64", "--out", tmp_path / "e.csv", "--data", "imagefolder"]
+    assert main([str(word) for word in [*words, "--path", pictures]]) == 0  # a wish about the run's own pictures
+    assert not any("placements" in row for row in rows_from_csv(tmp_path / "e.csv"))
+
+
 def test_large_sizes_are_read_from_files_that_have_them(run, tmp_path, monkeypatch):
     """Imagenette comes in files of 160 and 320 px: a run trained at 64 px needs the larger ones above 160 px."""
     for side in (160, 320):

@@ -190,6 +190,8 @@ def test_every_key_can_be_set_and_only_that_key_changes(key):
         ("model.level_weights=[]", "must be 1 to 4 numbers"),
         ("model.level_weights=[0, 0]", "not all 0"),
         ("evaluate.sizes=[a]", "image size 'a' is not understood"),
+        ("evaluate.placements=0", "evaluate.placements=0 must be between 1 and 1000"),
+        ("evaluate.placements=2", "evaluate.placements=2: pictures have one place each unless data.moved=true"),
     ],
 )
 def test_wrong_overrides_get_one_line_with_the_right_thing(override, reason):

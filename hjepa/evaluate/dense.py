@@ -21,7 +21,8 @@ from torch import Tensor
 from ..inputs import UserError, patch_grid, size_pair, size_text
 from .measures import bootstrap_interval, one_thread
 from .readers import PENALTIES
-from .transfer import EncoderLike, Pictures, Size, encode, subset
+from .shown import Shown, shown_of, subset
+from .transfer import EncoderLike, Pictures, Size, encode
 
 WITHIN = (0, 1, 2)  # patches of the training grid
 
@@ -102,33 +103,33 @@ def dense_transfer(
     patches or more, place.
 
     encoders return patch tokens and carry patch_size (`RawPatches` does). gallery: training pictures that the place
-    reader is fitted on; queries: test pictures. Intervals are over pictures. The rows of encoder "chance" hold for
-    the patch of all encoders. ValueError on an encoder without patches, patches of several sides, or a size that is no
-    multiple of them.
+    reader is fitted on; queries: test pictures. Intervals are over pictures, all placements of one together. The rows
+    of encoder "chance" hold for the patch of all encoders. ValueError on an encoder without patches, patches of several
+    sides, or a size that is no multiple of them.
     """
     check_patches(encoders)
     home = size_pair(train_size)
     asked = list(dict.fromkeys([home, *map(size_pair, sizes)]))
     grids = {name: _grids(encoder, [home, *asked]) for name, encoder in encoders.items()}
-    known, shown = subset(len(train), gallery, seed), subset(len(test), queries, seed)
-    at_home = {name: encode(e, test.at_size(home, shown), pool=None, batch_size=batch_size)
+    known, shown = subset(len(train), gallery, seed), shown_of(test, queries, seed)
+    at_home = {name: encode(e, test.at_size(home, shown.index), pool=None, batch_size=batch_size)
                for name, e in encoders.items()}  # fmt: skip
     readers = {name: place_reader(encode(e, train.at_size(home, known), pool=None, batch_size=batch_size),
                                   grids[name][home]) for name, e in encoders.items()}  # fmt: skip
     rows: list[dict[str, Any]] = []
     for size in asked:
-        images = test.at_size(size, shown)
+        images = test.at_size(size, shown.index)
         for name, encoder in encoders.items():
             tokens = encode(encoder, images, pool=None, batch_size=batch_size)
             apart = matched(tokens, at_home[name], patches_apart(grids[name][size], grids[name][home]))
             found = {f"match_{k}": _share(apart, k, 1) for k in WITHIN}
             if min(grids[name][size]) > 1:  # in a single row or column there is nothing to tell apart
                 found["place"] = place_r2(readers[name], tokens, grids[name][size])
-            rows += _rows({**(tags or {}), "encoder": name, "size": size}, found, seed)
+            rows += _rows(shown, {**(tags or {}), "encoder": name, "size": size}, found, seed)
         first = next(iter(grids.values()))
         blind = patches_apart(first[size], first[home])
-        chance = {f"match_{k}": _share(blind, k, (0, 1)).expand(len(shown)) for k in WITHIN}
-        rows += _rows({**(tags or {}), "encoder": "chance", "size": size}, chance, seed)
+        chance = {f"match_{k}": _share(blind, k, (0, 1)).expand(len(shown.index)) for k in WITHIN}
+        rows += _rows(shown, {**(tags or {}), "encoder": "chance", "size": size}, chance, seed)
     return rows
 
 
@@ -153,9 +154,5 @@ def _share(apart: Tensor, k: int, dim: int | tuple[int, ...]) -> Tensor:
     return (apart <= k + 0.5 + 1e-4).double().mean(dim=dim)
 
 
-def _rows(base: Mapping[str, Any], found: Mapping[str, Tensor], seed: int) -> list[dict[str, Any]]:
-    rows = []
-    for metric, values in found.items():
-        value, low, high = bootstrap_interval(values, seed=seed)
-        rows.append({**base, "metric": metric, "value": value, "low": low, "high": high, "n": len(values)})
-    return rows
+def _rows(shown: Shown, base: Mapping[str, Any], found: Mapping[str, Tensor], seed: int) -> list[dict[str, Any]]:
+    return shown.rows(base, {m: bootstrap_interval(v, seed=seed, groups=shown.picture) for m, v in found.items()})

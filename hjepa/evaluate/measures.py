@@ -92,17 +92,24 @@ def bootstrap_interval(
     return float(values.mean()), float(low), float(high)
 
 
-def jackknife_interval(statistic: Callable[[Tensor], float], n: int, groups: int = 10, seed: int = 0) -> Interval:
+def jackknife_interval(
+    statistic: Callable[[Tensor], float], n: int, groups: int = 10, seed: int = 0, pictures: Tensor | None = None
+) -> Interval:
     """Value and 95 % interval of a statistic of n rows that is no mean; `statistic` takes row indices.
 
     Each of the groups is left out in turn; Student's t with groups - 1 degrees of freedom. (Resampling with repetition
-    would lower an effective rank.) Fewer than three rows have no interval, one has no value either: nan.
+    would lower an effective rank.) pictures [n]: rows of equal number, such as placements of one picture, are left out
+    together. Fewer than three pictures have no interval, a single row has no value either: nan.
     """
-    if n < 3:
-        return statistic(torch.arange(n)) if n == 2 else math.nan, math.nan, math.nan
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    value = statistic(torch.arange(n))
-    parts = order.chunk(min(groups, n))
+    own = torch.arange(n) if pictures is None else pictures.unique(return_inverse=True)[1]
+    count = int(own.max()) + 1 if n else 0
+    value = statistic(torch.arange(n)) if n > 1 else math.nan
+    if count < 3:
+        return value, math.nan, math.nan
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    parts = order.chunk(min(groups, count))
+    if pictures is not None:
+        parts = tuple(torch.isin(own, part).nonzero()[:, 0] for part in parts)
     left_out = torch.tensor([statistic(torch.cat(parts[:g] + parts[g + 1 :])) for g in range(len(parts))])
     error = math.sqrt((len(parts) - 1) * float(left_out.var(correction=0)))
     half = float(stdtrit(len(parts) - 1, 0.975)) * error

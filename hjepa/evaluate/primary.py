@@ -71,7 +71,8 @@ def save_hits(hits: Mapping[tuple[str, tuple[int, int], str], Tensor], path: str
 
 
 def saved_hits(row: Row, path: str | Path) -> np.ndarray | None:
-    """The hits behind a row, from a file of `save_hits`; None if the file or the row is not there.
+    """The hits [n] behind a row, from a file of `save_hits`; None if the file or the row is not there. Of several
+    placements, the share of each picture's that was right.
 
     For a sweep: `primary(rows, comparisons, lambda row: saved_hits(row, f"{folder}/{row['run']}/hits.npz"))`.
     """
@@ -79,7 +80,10 @@ def saved_hits(row: Row, path: str | Path) -> np.ndarray | None:
         return None
     with np.load(path, allow_pickle=False) as kept:
         key = _key(row["encoder"], size_pair(row["size"]), row["metric"])
-        return kept[key] if key in kept.files else None
+        if key not in kept.files:
+            return None
+        placements = row.get("placements", 1)
+        return kept[key] if placements == 1 else kept[key].reshape(placements, -1).mean(axis=0)
 
 
 def _key(encoder: str, size: tuple[int, int], metric: str) -> str:

@@ -93,13 +93,19 @@ def _vote(similarity: Tensor, gallery_labels: Tensor, k: int, temperature: float
     return votes.argmax(dim=1)
 
 
-def retrieval_hits(queries: Tensor, gallery: Tensor) -> Tensor:
+def retrieval_hits(queries: Tensor, gallery: Tensor, turn: Tensor | None = None) -> Tensor:
     """Hits [N] (bool) of same-picture retrieval: row i of `gallery` is nearest (cosine) to query i.
 
-    Both [N, D]. ValueError if the shapes differ.
+    Both [N, D]. turn [N]: rows of equal number, such as the first placements of all pictures, are asked by themselves.
+    ValueError if the shapes differ.
     """
     if queries.shape != gallery.shape:
         raise ValueError(f"queries {list(queries.shape)} and gallery {list(gallery.shape)} differ in shape")
+    if turn is not None and len(turn.unique()) > 1:
+        hits = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+        for rows in (turn == each for each in turn.unique()):
+            hits[rows] = retrieval_hits(queries[rows], gallery[rows])
+        return hits
     asked, known = F.normalize(queries, dim=1), F.normalize(gallery, dim=1)
     nearest = _by_chunks(asked, known, lambda similarity, _: similarity.argmax(dim=1))
     return nearest == torch.arange(len(queries), device=queries.device)

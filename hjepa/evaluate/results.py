@@ -1,8 +1,9 @@
 """Rows of results: average over seeds, pair by seed, write to CSV, print as a table.
 
-A row is a plain dict with encoder, size (height, width in pixels), metric, value, low, high, n and any tags
-(seed, data set, recipe). Not covered: where rows come from (`hjepa.evaluate.transfer`), comparisons fixed beforehand
-(`hjepa.evaluate.primary`) and figures (`hjepa.evaluate.plots`).
+A row is a plain dict with encoder, size (height, width in pixels), metric, value, low, high, n, placements where each
+picture was read in several, and any tags (seed, data set, recipe).
+Not covered: where rows come from (`hjepa.evaluate.transfer`), comparisons fixed beforehand (`hjepa.evaluate.primary`)
+and figures (`hjepa.evaluate.plots`).
 """
 
 import csv
@@ -141,7 +142,8 @@ def by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def paired(rows: Sequence[Row], base: str) -> list[tuple[Row, Row]]:
-    """Each row of another encoder with the row of encoder `base` at the same metric, size and seed (0 if it has none).
+    """Each row of another encoder with the row of encoder `base` at the same metric, size, placements and seed (0 if it
+    has none).
 
     Rows without such a partner are left out. ValueError if two rows claim one place.
     """
@@ -158,8 +160,8 @@ def paired(rows: Sequence[Row], base: str) -> list[tuple[Row, Row]]:
     ]
 
 
-def _place(row: Row) -> tuple[str, tuple[int, int], Any]:
-    return row["metric"], size_pair(row["size"]), row.get("seed", 0)
+def _place(row: Row) -> tuple[str, tuple[int, int], Any, int]:
+    return row["metric"], size_pair(row["size"]), row.get("seed", 0), row.get("placements", 1)
 
 
 def paired_gains(rows: Sequence[Row], base: str) -> list[Row]:
@@ -212,8 +214,13 @@ def home_size(rows: Sequence[Row]) -> tuple[int, int]:
 def by_encoder(rows: Sequence[Row], metric: str) -> dict[str, dict[tuple[int, int], Row]]:
     """The rows of one metric as {encoder: {size: row}}, encoders as they come, sizes by area.
 
-    ValueError if no row has the metric, or if two rows claim one place (average them with `summarise` first).
+    ValueError if no row has the metric, if two rows claim one place (average them with `summarise` first), or if some
+    were read in more placements of each picture than others.
     """
+    numbers = sorted({row.get("placements", 1) for row in rows if row["metric"] == metric})
+    if len(numbers) > 1:
+        what = f"rows of {metric!r} were read in {' and '.join(map(str, numbers))} placements of each picture"
+        raise UserError(f"{what}: no one table; show those of one number")
     found: dict[str, dict[tuple[int, int], Row]] = {}
     for row in rows:
         if row["metric"] == metric:

@@ -9,7 +9,6 @@ Not covered: fine-tuning; what single patches know (`dense.py`).
 """
 
 import os
-import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -31,6 +30,7 @@ from .measures import (
 )
 from .processes import agreed, gathered, place, share
 from .readers import Probe, knn_accuracy, linear_probe, probe_hits, retrieval_hits
+from .shown import shown_of, subset
 
 # images [B, 3, h, w] -> tokens [B, prefix + N, D] or features [B, D]
 EncoderLike = Callable[[Tensor], Tensor]
@@ -204,12 +204,13 @@ def resolution_transfer(
 ) -> list[dict[str, Any]]:
     """Read every encoder at every size; rows with encoder, size (h, w), metric, value, low, high, n.
 
-    Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures, all placements of one
-    together):
+    Metrics, all on the `test` pictures at that size (n of them; 95 % intervals over pictures). Of moved pictures in
+    several placements each all are read, for all encoders the same, and the rows have their number as `placements`:
+    accuracies are means over them, and intervals take all placements of a picture together.
     probe, knn            fitted on `train` pictures at train_size
     probe_few             fitted on `few` of those, of two classes or more, DRAWS times; a picture counts by its share
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
-    retrieval, cka        against the same test pictures at train_size
+    retrieval, cka        against the same test pictures at train_size; retrieval among those of one placement
     effective_rank, feature_std
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
     train_size is read even if not in `sizes`. Pictures of one class have no probe and no kNN.
@@ -217,7 +218,8 @@ def resolution_transfer(
     kept: rows by size ("64x96") of an earlier call, to which each size is added once it is read. Sizes in it are not
     read again, nor are their hits given; train_size is, where another is left, since readers are fitted there.
     tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
-    pictures were read rightly: bool [n], of probe_few float. ValueError, before any work, on a size that
+    pictures were read rightly: bool [n], of probe_few float; of several placements [placements * n], the first of all
+    pictures first. ValueError, before any work, on a size that
     is no multiple of an encoder's patch, or on `few` that are fewer than two or more than the gallery.
 
     Where torch.distributed is initialised all processes must call this, with the same arguments. Each encodes a share
@@ -232,10 +234,10 @@ def resolution_transfer(
             patch_grid(size, patch)
         if device is not None and isinstance(module_of(encoder), nn.Module):
             module_of(encoder).to(device)
-    train_index, test_index = subset(len(train), gallery, seed), subset(len(test), queries, seed)
+    train_index, shown = subset(len(train), gallery, seed), shown_of(test, queries, seed)
+    test_index = shown.index
     y_train, y_test = train.labels[train_index].to(device), test.labels[test_index].to(device)
     labelled = len(y_train.unique()) > 1  # of one class there is nothing to tell apart
-    same = _same_picture(test, test_index)
     k = min(knn_k, len(train_index))
     fitted: dict[str, tuple[Any, Tensor, Tensor]] = {}  # name -> probe, train and test features
     if labelled and few is not None and not 2 <= few <= len(train_index):
@@ -262,7 +264,7 @@ def resolution_transfer(
                 fitted[name] = (here, known[name], x)
                 on_few[name] = [linear_probe(known[name][draw], y_train[draw]) for draw in draws]
             probe, x_train, x_home = fitted[name]
-            right = {"retrieval": retrieval_hits(x, x_home)}
+            right = {"retrieval": retrieval_hits(x, x_home, shown.turn.to(x.device))}
             if labelled:
                 right = {
                     "probe": probe_hits(probe, x, y_test),
@@ -276,24 +278,14 @@ def resolution_transfer(
             right = {metric: each.cpu() for metric, each in right.items()}
             if hits is not None:
                 hits |= {(name, size, metric): each for metric, each in right.items()}
-            shares = {metric: bootstrap_interval(each, seed=seed, groups=same) for metric, each in right.items()}
-            found = shares | _geometry(x, x_home, seed)
+            shares = {m: bootstrap_interval(each, seed=seed, groups=shown.picture) for m, each in right.items()}
+            found = shares | _geometry(x, x_home, seed, shown.picture if shown.placements > 1 else None)
             base = {**(tags or {}), "encoder": name, "size": size}
-            rows += [
-                {**base, "metric": metric, "value": v, "low": low, "high": high, "n": len(x)}
-                for metric, (v, low, high) in found.items()
-            ]
+            rows += shown.rows(base, found)
         if first:
             kept[size_text(size)] = rows
     bar.close()
     return [row for size in asked for row in kept[size_text(size)]] if first else []
-
-
-def subset(total: int, count: int | None, seed: int) -> Tensor:
-    """A seeded choice of `count` of `total` pictures, in order (None: all)."""
-    if count is None or count >= total:
-        return torch.arange(total)
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def _few_of(labels: Tensor, count: int, seed: int) -> Tensor:
@@ -304,14 +296,6 @@ def _few_of(labels: Tensor, count: int, seed: int) -> Tensor:
     if len(labels[drawn].unique()) == 1:
         drawn = torch.cat([drawn[:-1], others[:1]])
     return drawn.sort().values
-
-
-def _same_picture(data: Pictures, index: Tensor) -> Tensor | None:
-    """One number per picture, for pictures of which there are several placements (ids "x", "x#1", ..)."""
-    if not hasattr(data, "ids"):
-        return None
-    first: dict[str, int] = {}
-    return torch.tensor([first.setdefault(re.sub(r"#\d+$", "", data.ids[i]), len(first)) for i in index.tolist()])
 
 
 def _encode_all(
@@ -340,13 +324,14 @@ def _encode_all(
     return everything
 
 
-def _geometry(x: Tensor, x_home: Tensor, seed: int) -> dict[str, Interval]:
+def _geometry(x: Tensor, x_home: Tensor, seed: int, pictures: Tensor | None) -> dict[str, Interval]:
+    interval = partial(jackknife_interval, n=len(x), seed=seed, pictures=pictures)
     with one_thread():
         narrow, narrow_home = _narrow(x), _narrow(x_home)
         return {
-            "effective_rank": jackknife_interval(lambda i: effective_rank(narrow[i]), len(x), seed=seed),
-            "feature_std": jackknife_interval(lambda i: feature_std(x[i]), len(x), seed=seed),  # a rotation changes it
-            "cka": jackknife_interval(lambda i: linear_cka(narrow[i], narrow_home[i]), len(x), seed=seed),
+            "effective_rank": interval(lambda i: effective_rank(narrow[i])),
+            "feature_std": interval(lambda i: feature_std(x[i])),  # a rotation changes it
+            "cka": interval(lambda i: linear_cka(narrow[i], narrow_home[i])),
         }
 
 

@@ -125,7 +125,7 @@ def read_all(
     Where an encoder without positions comes with the package that was trained as these were, it stands beside them.
     dense: also those of `dense_transfer`, for which all patches must have one side. sizes: pixels, beside the training
     size. hits receives which test pictures were right (`resolution_transfer`), for intervals over seeds and pictures
-    together.
+    together. Of moved pictures each test picture is read in evaluate.placements fixed places.
 
     Raises:
         ValueError: variants that differ in pictures or in settings of the reading, which are those of the first
@@ -136,9 +136,10 @@ def read_all(
         check_alike(f"variant {name!r}", other, repr(first), config, sizes=False)
         if name in (*BESIDE, "chance"):
             raise UserError(f"variant {name!r}: a baseline in the table has that name; give it another")
-    known, asked = (load_split(config, part, read_at=sizes) for part in ("train", split))
     size, options = config.data.image_size, as_dicts(config.evaluate)
     options.pop("sizes")
+    places = options.pop("placements")
+    known, asked = load_split(config, "train", read_at=sizes), load_split(config, split, repeats=places, read_at=sizes)
     simple = baselines(known, size)
     everybody = {**readers(configs, folder, strategies), **_control(configs), **simple}
     if dense:

@@ -93,7 +93,17 @@ def test_pictures_are_loaded_with_the_detail_of_the_sizes_asked(tiny, tmp_path, 
     monkeypatch.setattr("hjepa.experiments.transfer.load_split", load)
     with pytest.raises(FileNotFoundError, match="is not a run"):
         read_all({"rope": tiny()}, tmp_path, [16, 192])
-    assert seen == [(split, {"read_at": [16, 192]}) for split in ("train", "test")]
+    assert seen == [("train", {"read_at": [16, 192]}), ("test", {"repeats": 1, "read_at": [16, 192]})]
+
+
+def test_moved_test_pictures_are_read_in_all_their_places_by_everybody(tiny, tmp_path):
+    config = {"none": tiny(*SHORT, "data.moved=true", "evaluate.placements=2", "model.use_absolute=false")}
+    train_all(config, tmp_path, progress=False)
+    hits: dict = {}
+    rows = read_all(config, tmp_path, [16], hits=hits, dense=True)
+    assert {(row["n"], row["placements"]) for row in rows if row["metric"] == "knn"} == {(8, 2)}
+    assert len({row["encoder"] for row in rows if row["metric"] == "knn"}) == 5
+    assert {each.shape for each in hits.values()} == {(16,)}
 
 
 @pytest.mark.parametrize("name", ["HOG", "raw pixels", "colour histogram", "random init", "chance"])
