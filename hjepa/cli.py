@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--placements", metavar="N", type=int,
         help="fixed places that each test picture is read in, of data.moved (default: the run's own, mostly 1)",
     )  # fmt: skip
+    evaluate.add_argument("--unmoved", action="store_true", help="pictures of data.moved as they are, for readers too")
     evaluate.add_argument("--data", metavar="NAME", help="data set (default: the run's own; with --timm openmoji)")
     evaluate.add_argument("--path", metavar="FOLDER", help="folder of class folders, of imagefolder")
     evaluate.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
@@ -180,7 +181,8 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-RUNS_ONLY, TIMM_ONLY = ("strategy", "dense", "which", "placements"), ("checkpoint", "no_pretrained", "fit_size")
+RUNS_ONLY = ("strategy", "dense", "which", "placements", "unmoved")
+TIMM_ONLY = ("checkpoint", "no_pretrained", "fit_size")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -286,8 +288,11 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     folders = _named(arguments.run)
     loaded = {name: _encoder_of(folder, arguments.which or "target") for name, folder in folders.items()}
     config = next(iter(loaded.values()))[1]
-    for _, its in loaded.values() if arguments.placements is not None else ():
-        its.evaluate.placements = arguments.placements
+    for _, its in loaded.values():
+        if arguments.unmoved:
+            its.data.moved, its.evaluate.placements = False, 1
+        if arguments.placements is not None:
+            its.evaluate.placements = arguments.placements
     for name, (_, other) in loaded.items():
         check_alike(f"--run {name}", other, arguments.run[0], config, sizes=not asked)
     _other_data(config, arguments)

@@ -327,6 +327,17 @@ def test_moved_pictures_are_read_in_as_many_fixed_places_as_asked(run, tmp_path,
     assert "--placements=0 must be between 1 and 1000" in error_of([*words, "--placements", 0], capsys)
 
 
+def test_moved_pictures_are_read_as_they_are_if_asked(run, pictures, tmp_path, monkeypatch, capsys):
+    mine, seen = copy_of(run, tmp_path / "mine", moved=True), []
+    monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda _, *splits, **__: seen.append(splits))
+    words = ["evaluate", "--run", str(mine), "--sizes", "64"]
+    assert main([*words, "--unmoved"]) == main(words) == 0
+    assert [{isinstance(data.pictures, MovedPictures) for data in splits} for splits in seen] == [{False}, {True}]
+    assert "--placements=2: pictures have one place each unless data.moved=true" in error_of(
+        [*words, "--unmoved", "--placements", "2"], capsys
+    )
+
+
 def test_placements_of_pictures_that_are_not_moved_are_refused(run, pictures, tmp_path, capsys):
     once = "--placements=3: pictures have one place each unless data.moved=true; nearest: --placements=1"
     words = ["evaluate", "--run", run, "--sizes", "64", "--placements", "3"]
