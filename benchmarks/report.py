@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.timing import met
-from hjepa.evaluate.plots import COLORS, INK
+from hjepa.evaluate.plots import COLORS, CYCLE, INK
 
 Results = Mapping[str, Any]
 TITLES = {
@@ -157,11 +157,11 @@ def figure(results: Results) -> Figure:
         entries = section(results, "encoders")
         on = [(f"{e['title']}, {e['threads']} thr.", e["rows"]["RoPE on"]["ratio"]) for e in entries]
         _dots(left, on, [COLORS["rope"]] * len(on))
-        left.set_title("Whole encoders: RoPE on / off")
+        left.set_title("Whole encoders:\nRoPE on / off")
         peers = [entry for entry in section(results, "peers") if entry["title"].startswith("attention layer")]
         rows = {name: row["ratio"] for name, row in peers[0]["rows"].items() if name != peers[0]["base"]}
-        _dots(right, list(rows.items()), [COLORS["rope"] if name == "hjepa" else COLORS["random"] for name in rows])
-        right.set_title("Attention layer, float32, forward: with / without rotation")
+        _dots(right, list(rows.items()), [CYCLE[0] if name == "hjepa" else COLORS["random"] for name in rows])
+        right.set_title("Attention layer, float32, forward:\nwith / without rotation")
         return drawn
 
 
@@ -174,7 +174,7 @@ def _dots(axes: Any, rows: Sequence[tuple[str, Mapping[str, float]]], colors: Se
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("extra time, per cent (median and quartiles)")
+    axes.set_xlabel("extra time, per cent\n(median and quartiles)")
 
 
 def write(results: Results, folder: Path) -> None:
