@@ -31,8 +31,8 @@ from .results import Row, by_encoder, by_setting, home_size, summarise
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK, BROWN = "#E69F00", "#56B4E9", "#000000", "#8C564B"
 INDIGO, OLIVE, WINE, LAVENDER = "#332288", "#999933", "#882255", "#9F8CFF"
-ROSE, MOSS = "#DD3366", "#4D6600"
-CYCLE = (INDIGO, OLIVE, WINE, LAVENDER, ROSE, MOSS)  # as axes.prop_cycle in matplotlibrc
+ROSE, MOSS, VIOLET, MAGENTA = "#DD3366", "#4D6600", "#8822DD", "#BB3399"
+CYCLE = (INDIGO, OLIVE, WINE, LAVENDER, ROSE, MOSS, VIOLET, MAGENTA)  # as axes.prop_cycle in matplotlibrc
 INK = "#444444"  # reference lines and marks
 _ORDERED = LinearSegmentedColormap.from_list("ordered", (LAVENDER, "#7744CC", "#3D0070"))
 SIGNED = LinearSegmentedColormap.from_list("signed", ("#444400", OLIVE, "#FFFFFF", LAVENDER, INDIGO))

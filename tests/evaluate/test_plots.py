@@ -15,6 +15,7 @@ from hjepa.evaluate.plots import (
     COLORS,
     CYCLE,
     INK,
+    MANY_LINES,
     SIGNED,
     line_colors,
     pca_features,
@@ -138,6 +139,7 @@ def test_two_labels_never_share_a_colour():
     given = line_colors(["rope theta 10", "rope theta 100", "rope theta 1000", "other", "absolute"])
     assert given["rope theta 10"] == COLORS["rope"]
     assert len(set(given.values())) == 5
+    assert len(set(line_colors([f"run {i}" for i in range(MANY_LINES)]).values())) == MANY_LINES
 
 
 def test_a_free_colour_is_that_of_no_scheme_and_of_no_other_label():
