@@ -16,6 +16,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     data.index                            the files of a large folder, listed once in a mapped file
     data.sources data.moved               pictures as they are; each at a place of its own on a canvas
     data.views data.images                crops of whole batches; pictures by name, at any image size
+    data.loading                          batches that loader processes make ahead
     config                                YAML -> typed configuration, every key with its range beside it
     train.schedule build                  config -> model, pictures and masks of step t
     train.sharding train.shards           a model cut over processes, its slices on disk

@@ -115,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--root", metavar="FOLDER", help="where data sets are kept (default: data)")
     evaluate.add_argument("--dense", action="store_true", help="also read single patches of runs: their own place")
     evaluate.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda or cuda:1 (default: cuda if any)")
+    evaluate.add_argument(
+        "--workers", metavar="N", type=int,
+        help="loader processes that decode files (default: train.num_workers of the first run; with --timm 0)",
+    )  # fmt: skip
     evaluate.add_argument("--out", metavar="FILE", help="CSV file (default: evaluation.csv in the first run, or here)")
     published = evaluate.add_argument_group("with --timm")
     published.add_argument("--checkpoint", metavar="FILE", help="weights of the one model, instead of the hub's")
@@ -206,6 +210,8 @@ def _evaluate_here(arguments: argparse.Namespace) -> int:
         raise UserError(f"--{odd[0].replace('_', '-')} goes with {other}, not with {given}")
     if arguments.out and user_path(arguments.out).is_dir():
         raise UserError(f"--out {arguments.out} is a folder; nearest: {Path(arguments.out, 'evaluation.csv')}")
+    if arguments.workers is not None and arguments.workers < 0:
+        raise UserError(f"--workers {arguments.workers} must be 0 or more; nearest: 0")
     from .evaluate.transfer import device_named
 
     arguments.device = device_named(arguments.device)
@@ -231,7 +237,8 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
     side = (max(max(size) for size in (home, *asked)) + 1) // 2  # `load_data` takes files of twice its image_size
     splits = [load_data(name, split, root=root, path=arguments.path, image_size=side) for split in ("train", "test")]
     options = as_dicts(load_config().evaluate) | {"sizes": asked, "train_size": home}
-    encoders = models | baselines(splits[0], home)
+    arguments.workers = arguments.workers or 0
+    encoders = models | baselines(splits[0], home, workers=arguments.workers)
     return _show_rows(_read(encoders, splits, options, arguments), arguments)
 
 
@@ -250,7 +257,7 @@ def _read(encoders: dict[str, Any], splits: list[Any], options: dict[str, Any], 
         key = fingerprint(encoders, splits, **options | {"sizes": None}, about=about)
         kept = Kept(user_path(arguments.out), key)
     del options["placements"]
-    return resolution_transfer(encoders, *splits, progress=True, kept=kept, **options)
+    return resolution_transfer(encoders, *splits, progress=True, kept=kept, workers=arguments.workers, **options)
 
 
 def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> int:
@@ -307,7 +314,10 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     for folder in folders.values() if place()[0] == 0 else ():
         if note := changed_pictures(folder, splits[0], config.data):
             _say(f"hjepa: {note}")
-    encoders |= {"random init": build_encoders(config)[0].eval(), **baselines(splits[0], size)}
+    if arguments.workers is None:
+        arguments.workers = config.train.num_workers
+    simple = baselines(splits[0], size, workers=arguments.workers)
+    encoders |= {"random init": build_encoders(config)[0].eval(), **simple}
     if arguments.dense:
         from .evaluate.dense import check_patches, dense_transfer, with_pixels
 
@@ -319,7 +329,8 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     about = [as_dicts(its) for _, its in loaded.values()]
     rows = _read(encoders, splits, options, arguments, about)
     if arguments.dense and rows:
-        rows += dense_transfer(patches, *splits, train_size=size, sizes=options["sizes"])
+        how = {"train_size": size, "sizes": options["sizes"], "workers": arguments.workers}
+        rows += dense_transfer(patches, *splits, **how)
     if place()[0] == 0 and (note := left_out(*splits)):
         _say(f"hjepa: {note}")
     return _show_rows(rows, arguments)

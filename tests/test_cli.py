@@ -18,6 +18,7 @@ import hjepa.train.estimate
 from hjepa import cli
 from hjepa.cli import main
 from hjepa.config import as_dicts, load_config, save_config
+from hjepa.data import loading
 from hjepa.data.images import load_data
 from hjepa.data.moved import MovedPictures
 from hjepa.evaluate.results import rows_from_csv
@@ -171,6 +172,32 @@ def test_evaluate_reads_single_patches_too(run, tmp_path):
     assert main(["evaluate", "--run", str(run), "--sizes", "32", "--dense", "--out", str(tmp_path / "e.csv")]) == 0
     dense = {row["encoder"] for row in rows_from_csv(tmp_path / "e.csv") if row["metric"] == "match_1"}
     assert dense == {"rope", "random init", "raw pixels", "chance"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads, from Python 3.12
+def test_evaluate_by_loader_processes_writes_the_same_table(run, pictures, tmp_path, capsys, monkeypatch):
+    asked, loaded = [], loading.loaded
+    monkeypatch.setattr(loading, "loaded", lambda *a, **k: (asked.append(a[2]), loaded(*a, **k))[1])
+    words = ["evaluate", "--run", run, "--data", "imagefolder", "--path", pictures, "--sizes", "32", "--dense", "--out"]
+    tables = []
+    for count, more in enumerate(([], ["--workers", "2"])):
+        assert main([str(word) for word in [*words, tmp_path / f"{count}.csv", *more]]) == 0
+        tables.append((tmp_path / f"{count}.csv").read_text())
+        assert bool(asked) is bool(more)
+    assert tables[0] == tables[1]
+    published = ["evaluate", "--timm", "test_vit", "--no-pretrained", "--fit-size", "32", *words[3:7], "--out"]
+    asked.clear()
+    assert main([str(word) for word in [*published, tmp_path / "timm.csv", "--workers", "1"]]) == 0
+    assert set(asked) == {1}
+    assert "--workers -1 must be 0 or more" in error_of([*words, tmp_path / "0.csv", "--workers", "-1"], capsys)
+
+
+def test_evaluate_takes_as_many_workers_as_the_run_had(run, tmp_path, monkeypatch):
+    mine, seen = copy_of(run, tmp_path / "mine", "train", num_workers=2), []
+    monkeypatch.setattr(hjepa.evaluate.transfer, "resolution_transfer", lambda *_, **k: seen.append(k["workers"]) or [])
+    for words in ([], ["--workers", "0"]):
+        assert main(["evaluate", "--run", str(mine), *words]) == 0
+    assert seen == [2, 0]
 
 
 def test_runs_of_several_patch_sides_are_not_read_patch_by_patch_together(run, tmp_path, capsys, monkeypatch):

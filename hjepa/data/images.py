@@ -44,6 +44,8 @@ RGB = tuple[float, float, float]
 class Pixels(Protocol):
     """The pixels of one split: arrays, files or drawings."""
 
+    from_files: bool  # decoded when they are asked for
+
     def source(self, index: int) -> Tensor: ...  # uint8 [3, h, w]
 
     def resized(self, indices: list[int], height: int, width: int) -> Tensor: ...  # uint8 [n, 3, ...]
@@ -65,6 +67,11 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def from_files(self) -> bool:
+        """Whether pictures are decoded from files, which loader processes can do."""
+        return self.pictures.from_files
 
     def source(self, index: int) -> Tensor:
         """Picture `index` with its detail, for cropping: uint8 [3, h, w]."""

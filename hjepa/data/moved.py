@@ -57,6 +57,7 @@ class MovedPictures:
         self, pictures: Any, ids: Sequence[str], repeats: int, background: Sequence[int], detail: int
     ) -> None:
         self.pictures, self.count, self.detail = pictures, len(ids), detail
+        self.from_files: bool = getattr(pictures, "from_files", False)
         self.places = [placement(id_, repeat) for repeat in range(repeats) for id_ in ids]
         self.background = torch.tensor(background, dtype=torch.uint8).view(3, 1, 1)
         self.kept: dict[int, Tensor] = {}

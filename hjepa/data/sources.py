@@ -96,6 +96,8 @@ def _part(side: int, other: int, ratio_side: int, ratio_other: int) -> int:
 class ArrayPictures:
     """uint8 [N, 1 or 3, h, w] in memory, grey stored once."""
 
+    from_files = False
+
     def __init__(self, array: Tensor, fill: int | None) -> None:
         self.array, self.fill = array, fill
 
@@ -108,6 +110,8 @@ class ArrayPictures:
 
 class DrawnPictures:
     """OpenMoji pictures by their place in the catalogue; source detail is `detail` pixels."""
+
+    from_files = False
 
     def __init__(self, places: list[int], detail: int) -> None:
         self.places, self.detail = places, detail
@@ -127,6 +131,8 @@ class FilePictures:
 
     Decoded pictures are kept in memory up to MEMORY bytes; none is where less than half of them would fit.
     """
+
+    from_files = True
 
     def __init__(self, folder: Path, names: Sequence[str], detail: int) -> None:
         self.folder, self.names, self.detail = folder, names, detail

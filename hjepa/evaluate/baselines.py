@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.loading import at_size
 from ..inputs import size_pair
 from .readers import leave_one_out_knn
 from .transfer import EncoderLike, Pictures, Size, raw_pixels, resized, subset
@@ -35,15 +36,15 @@ class TrainPictures(Pictures, Protocol):
 
 
 def baselines(
-    train: TrainPictures, train_size: Size, *, gallery: int | None = 1000, seed: int = 0
+    train: TrainPictures, train_size: Size, *, gallery: int | None = 1000, seed: int = 0, workers: int = 0
 ) -> dict[str, EncoderLike]:
     """Those of NAMES: the readers that every result shows beside its encoders.
 
     "raw pixels" are thumbnails of the side in SIDES that does best on training pictures (`best_side`). gallery: how
-    many training pictures, drawn by seed, choose it (None: all).
+    many training pictures, drawn by seed, choose it (None: all). workers: as in `resolution_transfer`.
     """
     chosen = subset(len(train), gallery, seed)
-    side = best_side(train.at_size(train_size, chosen), train.labels[chosen])
+    side = best_side(at_size(train, train_size, chosen, workers), train.labels[chosen])
     given = train_size, train.mean, train.std
     return dict(zip(NAMES, (raw_pixels(side), colour_histogram(*given), hog(*given)), strict=True))
 

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..data.folder import existing_folder, picture_files, read_image
 from ..data.images import IMAGENET, RGB, normalised
+from ..data.loading import loaded
 from ..data.sources import fit
 from ..files import user_path
 from ..inputs import UserError, size_pair
@@ -34,6 +36,7 @@ def folder_features(
     std: RGB | None = None,
     skip: bool = False,
     batch_size: int = 64,
+    workers: int = 0,
 ) -> tuple[Tensor, list[Path], list[str]]:
     """Features `[N, D]` of every picture below `folder`, with the files and their labels, sorted by path.
 
@@ -44,7 +47,8 @@ def folder_features(
         mean, std: of the pixels in the encoder's training, white = 1; None: those that it knows (`pixel_mean` and
             `pixel_std` of one loaded from a run or an export), or else ImageNet's.
         skip: leave out files that cannot be read; they are missing in the list of files.
-        batch_size: pictures in memory at a time.
+        batch_size: pictures encoded at a time.
+        workers: loader processes that decode, each two batches ahead; no number depends on it.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -56,8 +60,8 @@ def folder_features(
     root = existing_folder(user_path(folder))
     parts, kept = [], []
     found = picture_files(root)
-    for start in range(0, len(found), batch_size):
-        files, pictures = _read(found[start : start + batch_size], height, width, skip)
+    chunks = [found[start : start + batch_size] for start in range(0, len(found), batch_size)]
+    for files, pictures in loaded(_Files(height, width, skip), chunks, min(workers, len(chunks))):
         if files:
             kept += files
             parts.append(encode(encoder, normalised(pictures, mean, std), batch_size=batch_size))
@@ -73,17 +77,23 @@ def _own_size(encoder: Any) -> Any:
     return tuple(side * encoder.patch_size for side in encoder.grid_size)
 
 
-def _read(files: Sequence[Path], height: int, width: int, skip: bool) -> tuple[list[Path], Tensor]:
-    kept, pictures = [], []
-    for file in files:
-        try:
-            pictures.append(fit(read_image(file), height, width, fill=None))
-        except ValueError:
-            if not skip:
-                raise
-        else:
-            kept.append(file)
-    return kept, torch.stack(pictures) if pictures else torch.empty(0)
+class _Files(Dataset):
+    """By lists of files: those that can be read, and their pictures, uint8 `[n, 3, height, width]`."""
+
+    def __init__(self, height: int, width: int, skip: bool) -> None:
+        self.height, self.width, self.skip = height, width, skip
+
+    def __getitem__(self, files: Sequence[Path]) -> tuple[list[Path], Tensor]:
+        kept, pictures = [], []
+        for file in files:
+            try:
+                pictures.append(fit(read_image(file), self.height, self.width, fill=None))
+            except ValueError:
+                if not self.skip:
+                    raise
+            else:
+                kept.append(file)
+        return kept, torch.stack(pictures) if pictures else torch.empty(0)
 
 
 def neighbours(features: Tensor, k: int = 5) -> np.ndarray:

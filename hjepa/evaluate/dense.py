@@ -11,6 +11,7 @@ Not covered: segmentation, and matches between different pictures.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from ..data.loading import at_size
 from ..inputs import UserError, patch_grid, size_pair, size_text
 from .measures import bootstrap_interval, one_thread
 from .readers import PENALTIES
@@ -98,6 +100,7 @@ def dense_transfer(
     batch_size: int = 64,
     seed: int = 0,
     tags: Mapping[str, Any] | None = None,
+    workers: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows as `resolution_transfer` gives them, with metrics match_0, match_1, match_2 and, on two rows and columns of
     patches or more, place.
@@ -105,22 +108,23 @@ def dense_transfer(
     encoders return patch tokens and carry patch_size (`RawPatches` does). gallery: training pictures that the place
     reader is fitted on; queries: test pictures. Intervals are over pictures, all placements of one together. The rows
     of encoder "chance" hold for the patch of all encoders. ValueError on an encoder without patches, patches of several
-    sides, or a size that is no multiple of them.
+    sides, or a size that is no multiple of them. workers: as in `resolution_transfer`.
     """
     check_patches(encoders)
     home = size_pair(train_size)
     asked = list(dict.fromkeys([home, *map(size_pair, sizes)]))
     grids = {name: _grids(encoder, [home, *asked]) for name, encoder in encoders.items()}
     known, shown = subset(len(train), gallery, seed), shown_of(test, queries, seed)
-    at_home = {name: encode(e, test.at_size(home, shown.index), pool=None, batch_size=batch_size)
-               for name, e in encoders.items()}  # fmt: skip
-    readers = {name: place_reader(encode(e, train.at_size(home, known), pool=None, batch_size=batch_size),
-                                  grids[name][home]) for name, e in encoders.items()}  # fmt: skip
+    tokens_of = partial(encode, pool=None, batch_size=batch_size)
+    images = at_size(test, home, shown.index, workers)
+    at_home = {name: tokens_of(e, images) for name, e in encoders.items()}
+    images = at_size(train, home, known, workers)
+    readers = {name: place_reader(tokens_of(e, images), grids[name][home]) for name, e in encoders.items()}
     rows: list[dict[str, Any]] = []
     for size in asked:
-        images = test.at_size(size, shown.index)
+        images = at_size(test, size, shown.index, workers)
         for name, encoder in encoders.items():
-            tokens = encode(encoder, images, pool=None, batch_size=batch_size)
+            tokens = tokens_of(encoder, images)
             apart = matched(tokens, at_home[name], patches_apart(grids[name][size], grids[name][home]))
             found = {f"match_{k}": _share(apart, k, 1) for k in WITHIN}
             if min(grids[name][size]) > 1:  # in a single row or column there is nothing to tell apart

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..data.loading import batches
 from ..inputs import UserError, nearest, patch_grid, size_pair, size_text
 from .measures import (
     Interval,
@@ -105,8 +106,8 @@ def encode(encoder: EncoderLike, images: Tensor, *, pool: str | None = "mean", b
         module.eval()
     try:
         with torch.no_grad():
-            batches = (batch.to(where.device, where.dtype) for batch in images.split(batch_size))
-            parts = [_features(encoder, batch, grid, pool) for batch in batches]
+            given = (batch.to(where.device, where.dtype) for batch in images.split(batch_size))
+            parts = [_features(encoder, batch, grid, pool) for batch in given]
     finally:
         if isinstance(module, nn.Module):
             module.train(was_training)
@@ -200,6 +201,7 @@ def resolution_transfer(
     hits: dict[tuple[str, tuple[int, int], str], Tensor] | None = None,
     progress: bool = False,
     device: torch.device | None = None,
+    workers: int = 0,
     kept: MutableMapping[str, list[dict[str, Any]]] | None = None,
 ) -> list[dict[str, Any]]:
     """Read every encoder at every size; rows with encoder, size (h, w), metric, value, low, high, n.
@@ -215,6 +217,7 @@ def resolution_transfer(
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
     train_size is read even if not in `sizes`. Pictures of one class have no probe and no kNN.
     device: where encoders are moved to, and readers run; None leaves encoders where they are and reads on the CPU.
+    workers: loader processes that decode pictures of files (`hjepa.data.loading`); no number depends on it.
     kept: rows by size ("64x96") of an earlier call, to which each size is added once it is read. Sizes in it are not
     read again, nor are their hits given; train_size is, where another is left, since readers are fitted there.
     tags (for example seed and data set) are added to every row. hits receives, by (encoder, size, metric), which test
@@ -255,7 +258,9 @@ def resolution_transfer(
     bar = tqdm(total=total, desc="pictures", disable=not (progress and first))
     for size in left:
         rows: list[dict[str, Any]] = []
-        show = partial(_encode_all, encoders, size=size, pool=pool, batch_size=batch_size, device=device, bar=bar)
+        show = partial(
+            _encode_all, encoders, size=size, pool=pool, batch_size=batch_size, device=device, workers=workers, bar=bar
+        )
         seen = show(test, index=test_index)
         known = show(train, index=train_index) if size in fits else {}
         for name, x in seen.items():
@@ -306,6 +311,7 @@ def _encode_all(
     pool: str,
     batch_size: int,
     device: torch.device | None,
+    workers: int,
     bar: tqdm,
 ) -> dict[str, Tensor]:
     """Each picture is drawn once per size and shown to every encoder; only one batch is held in memory.
@@ -314,8 +320,7 @@ def _encode_all(
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in encoders}
     own = share(index.split(batch_size))
-    for chunk in own:
-        images = data.at_size(size, chunk)
+    for chunk, images in zip(own, batches(data, size, own, workers), strict=True):
         for name, encoder in encoders.items():
             parts[name].append(encode(encoder, images, pool=pool, batch_size=batch_size))
         bar.update(len(chunk))

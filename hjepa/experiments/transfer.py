@@ -138,13 +138,16 @@ def read_all(
             raise UserError(f"variant {name!r}: a baseline in the table has that name; give it another")
     size, options = config.data.image_size, as_dicts(config.evaluate)
     options.pop("sizes")
-    places = options.pop("placements")
+    places, workers = options.pop("placements"), config.train.num_workers
     known, asked = load_split(config, "train", read_at=sizes), load_split(config, split, repeats=places, read_at=sizes)
-    simple = baselines(known, size)
+    simple = baselines(known, size, workers=workers)
     everybody = {**readers(configs, folder, strategies), **_control(configs), **simple}
     if dense:
         check_patches(with_pixels(everybody))
     rows = resolution_transfer(
-        everybody, known, asked, train_size=size, sizes=sizes, refit=False, progress=progress, hits=hits, **options
-    )
-    return rows + dense_transfer(with_pixels(everybody), known, asked, train_size=size, sizes=sizes) if dense else rows
+        everybody, known, asked, train_size=size, sizes=sizes, refit=False, progress=progress, hits=hits,
+        workers=workers, **options,
+    )  # fmt: skip
+    if not dense:
+        return rows
+    return rows + dense_transfer(with_pixels(everybody), known, asked, train_size=size, sizes=sizes, workers=workers)

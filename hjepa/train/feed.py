@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ..build import batch_masks, draw_views, small_side, train_sizes
 from ..config import Config
 from ..data.images import ImageData, TrainView, normalised
+from ..data.loading import loaded
 from ..data.sources import fit
 from ..data.views import Crops, cut, places, to_device
-from ..inputs import UserError
 from ..nn.masks import BatchMasks, Masks
 from .schedule import StepSampler, size_at
 
@@ -97,12 +97,12 @@ class Feed:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         options = self.config.train
-        batches = iter(self._loader())
+        batches = self._batches()
         for step in self.steps:
             side = size_at(step, sizes=self.sides, seed=options.seed)
             crops = None if self.config.objective == "masks" else draw_views(self.config, step)
             for rows in self.rows:
-                *batch, masks = _next(batches)
+                *batch, masks = next(batches)
                 pictures, labels = (t.to(self.device, non_blocking=True) for t in batch)
                 if crops is None:
                     arguments = {"images": normalised(pictures, self.data.mean, self.data.std)}
@@ -112,18 +112,16 @@ class Feed:
                     arguments["masks"] = masks.to(self.device)
                 yield arguments
 
-    def _loader(self) -> DataLoader:
+    def _batches(self) -> Iterator[Any]:
         options = self.config.train
         sampler = StepSampler(
             self.steps, self.rows, size=len(self.data), batch_size=options.batch_size, seed=options.seed,
             sides=self.sides,
         )  # fmt: skip
         slots = itertools.product(self.steps, self.rows)
-        return DataLoader(
-            Batches(self.config, self.data, self.patch_size), batch_size=None, num_workers=options.num_workers,
-            sampler=((*slot, keys) for slot, keys in zip(slots, sampler, strict=True)),  # type: ignore[arg-type]
-            pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
+        keys = ((*slot, keys) for slot, keys in zip(slots, sampler, strict=True))
+        made = Batches(self.config, self.data, self.patch_size)
+        return loaded(made, keys, options.num_workers, pin=self.device.type == "cuda")
 
     def _views(
         self, pictures: Tensor, labels: Tensor, crops: tuple[list[Crops], list[Crops]], side: int, rows: slice
@@ -142,11 +140,3 @@ class Feed:
         if self.config.objective == "labels":
             arguments["labels"] = labels
         return arguments
-
-
-def _next(batches: Iterator[Any]) -> Any:
-    """The next batch. ValueError in one line, if a picture cannot be read; a worker adds its traceback."""
-    try:
-        return next(batches)
-    except UserError as error:
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

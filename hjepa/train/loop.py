@@ -38,6 +38,7 @@ from .. import hub
 from ..build import batch_masks, build_encoders, build_model, load_split, train_sizes
 from ..config import Config, config_of, save_config
 from ..data.images import ImageData, left_out
+from ..data.loading import at_size
 from ..evaluate.measures import effective_rank, feature_std
 from ..evaluate.readers import knn_accuracy
 from ..evaluate.transfer import encode
@@ -369,9 +370,10 @@ class _Run:
         if self.held_out is None:
             size = self.config.data.image_size
             gallery, queries = _slice(self.train_data, options.gallery), _slice(self.validation_data, options.queries)
+            workers = self.config.train.num_workers
             self.held_out = (
-                self.train_data.at_size(size, gallery), self.train_data.labels[gallery],
-                self.validation_data.at_size(size, queries), self.validation_data.labels[queries],
+                at_size(self.train_data, size, gallery, workers), self.train_data.labels[gallery],
+                at_size(self.validation_data, size, queries, workers), self.validation_data.labels[queries],
             )  # fmt: skip
         known, known_labels, asked, asked_labels = self.held_out
         x, y = (encode(target, images, pool=options.pool) for images in (known, asked))

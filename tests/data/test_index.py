@@ -242,7 +242,7 @@ def test_workers_decode_and_hand_over_bytes_and_masks_and_name_what_they_cannot_
     config = load_config(None, (*folders, *sizes, f"objective={objective}"))
     data, rows = load_split(config, "train"), slice(4, 8)
     feed = Feed(config, data, range(2, 5), [rows], 8, torch.device("cpu"))
-    pixels, labels, masks = next(iter(feed._loader()))
+    pixels, labels, masks = next(feed._batches())
     assert pixels.dtype == torch.uint8 and pixels.shape[:2] == (4, 3)
     places = batch_at(2, size=len(data), batch_size=8, seed=config.train.seed)[rows]
     assert labels.tolist() == [int(data.labels[i]) for i, _ in places]

@@ -11,7 +11,7 @@ from PIL import Image
 
 import hjepa
 from hjepa.data.images import DATASETS, IMAGENET
-from hjepa.evaluate.collection import folder_features, neighbours
+from hjepa.evaluate.collection import _Files, folder_features, neighbours
 from hjepa.evaluate.published import published_encoder
 from hjepa.evaluate.readers import knn_accuracy, linear_probe
 from hjepa.evaluate.transfer import with_strategy
@@ -41,6 +41,11 @@ def fill(folder: Path) -> None:
     Image.new("RGB", (50, 50), (128, 128, 128)).save(folder / "loose.png")
 
 
+def in_a_worker(files, chunk, read=_Files.__getitem__):
+    assert torch.utils.data.get_worker_info() is not None
+    return read(files, chunk)
+
+
 def test_the_page_runs_in_order_and_leaves_its_files(tmp_path, monkeypatch, capsys):
     fill(tmp_path / "my_pictures")
     monkeypatch.chdir(tmp_path)
@@ -62,6 +67,25 @@ def test_labels_are_the_first_folders_and_features_those_of_the_pictures(tmp_pat
     assert labels.count("red") == labels.count("blue") == 6 and labels[files.index(tmp_path / "loose.png")] == ""
     assert files == sorted(files) and len(features) == len(files) == 13
     torch.testing.assert_close(features[files.index(tmp_path / "loose.png")], torch.full((3,), 128 / 255))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking beside threads, from Python 3.12
+def test_workers_read_the_same_pictures_in_the_same_order(tmp_path, monkeypatch):
+    fill(tmp_path)
+    (tmp_path / "blue" / "broken.png").write_bytes(b"no picture")
+    read = lambda workers, skip=True: folder_features(  # noqa: E731
+        Colour(), tmp_path, skip=skip, batch_size=3, workers=workers
+    )
+    alone = read(0)
+    with pytest.raises(ValueError) as said:
+        read(0, skip=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("hjepa.evaluate.collection._Files.__getitem__", in_a_worker)
+        found = read(2)
+    assert torch.equal(found[0], alone[0]) and found[1:] == alone[1:]
+    with pytest.raises(ValueError) as said_by_a_worker:
+        read(2, skip=False)
+    assert str(said_by_a_worker.value) == str(said.value) and "broken.png cannot be read" in str(said.value)
 
 
 def test_pixels_are_normalised_as_in_the_encoder_s_training(tmp_path):

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hjepa.build import build_encoders, build_model, draw_masks, load_split
 from hjepa.config import save_config
+from hjepa.data import sources
 from hjepa.data.images import TrainView
 from hjepa.evaluate.transfer import effective_rank, encode, knn_accuracy
 from hjepa.files import hold, is_held
@@ -333,10 +334,17 @@ def test_accumulating_two_halves_equals_one_batch(tiny, tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
 
 
-def test_loader_processes_change_nothing(tiny, tmp_path):
+def test_loader_processes_change_nothing_and_decode_what_is_measured(tiny, tmp_path, monkeypatch):
+    read, here = sources.read_image, []
+    monkeypatch.setattr(sources, "MEMORY", 0)  # nothing is kept
+    monkeypatch.setattr(sources, "read_image", lambda path: (here.append(path), read(path))[1])
     for workers in (0, 2):
+        here.clear()
         train(tiny(f"train.num_workers={workers}", "train.steps=6"), tmp_path / str(workers), progress=False)
+        assert bool(here) is (workers == 0)
     assert weights(tmp_path / "0") == weights(tmp_path / "2")
+    one, other = ([(row.get("knn"), row.get("effective_rank")) for row in read_log(tmp_path / run)] for run in "02")
+    assert one == other and None not in one[0]
 
 
 def test_every_step_trains_at_the_side_drawn_for_it(tiny, tmp_path, monkeypatch):
