@@ -227,7 +227,7 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
     name, root = arguments.data or "openmoji", arguments.root or "data"
     check_choice("--data", name, tuple(DATASETS))
     _check_path(arguments.path, name)
-    asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
+    asked = _sizes(arguments.sizes)
     weights = {"checkpoint": arguments.checkpoint, "pretrained": not arguments.no_pretrained}
     models = published_encoders(arguments.timm, DATASETS[name].mean, DATASETS[name].std, **weights)
     home = size_pair(arguments.fit_size or next(iter(models.values())).input_size)
@@ -242,18 +242,23 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
     return _show_rows(_read(encoders, splits, options, arguments), arguments)
 
 
+def _sizes(text: str | None) -> list[tuple[int, int]]:
+    """What --sizes asks for, (height, width) in pixels; [] without it. ValueError on a size that is none."""
+    return [size_pair(word) for word in text.split(",")] if text else []
+
+
 def _read(encoders: dict[str, Any], splits: list[Any], options: dict[str, Any], arguments: Any, about: Any = ()) -> Any:
     """Rows of `resolution_transfer`; with --out, sizes that the same command read before it was stopped are kept.
 
     options: those of `resolution_transfer`, and `placements`, which the splits have already. about: what the encoders
     depend on beside their weights.
     """
-    from .evaluate.processes import place
+    from .evaluate.processes import is_first
     from .evaluate.resume import Kept, fingerprint
     from .evaluate.transfer import resolution_transfer
 
     options["device"], kept = arguments.device, None
-    if arguments.out and place()[0] == 0:
+    if arguments.out and is_first():
         key = fingerprint(encoders, splits, **options | {"sizes": None}, about=about)
         kept = Kept(user_path(arguments.out), key)
     del options["placements"]
@@ -288,10 +293,10 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     from .config import as_dicts, check_alike
     from .data.images import left_out
     from .evaluate.baselines import BESIDE, baselines
-    from .evaluate.processes import place
+    from .evaluate.processes import is_first
     from .hub import changed_pictures
 
-    asked = [size_pair(text) for text in arguments.sizes.split(",")] if arguments.sizes else []
+    asked = _sizes(arguments.sizes)
     folders = _named(arguments.run)
     loaded = {name: _encoder_of(folder, arguments.which or "target") for name, folder in folders.items()}
     config = next(iter(loaded.values()))[1]
@@ -311,7 +316,7 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     read_at = asked or config.evaluate.sizes
     places = {"train": 1, "test": config.evaluate.placements}
     splits = [load_split(config, split, number, read_at=read_at) for split, number in places.items()]
-    for folder in folders.values() if place()[0] == 0 else ():
+    for folder in folders.values() if is_first() else ():
         if note := changed_pictures(folder, splits[0], config.data):
             _say(f"hjepa: {note}")
     if arguments.workers is None:
@@ -331,7 +336,7 @@ def _evaluate_runs(arguments: argparse.Namespace) -> int:
     if arguments.dense and rows:
         how = {"train_size": size, "sizes": options["sizes"], "workers": arguments.workers}
         rows += dense_transfer(patches, *splits, **how)
-    if place()[0] == 0 and (note := left_out(*splits)):
+    if is_first() and (note := left_out(*splits)):
         _say(f"hjepa: {note}")
     return _show_rows(rows, arguments)
 
@@ -371,7 +376,7 @@ def _other_data(config: Any, arguments: argparse.Namespace) -> None:
     """
     from .config import check_placements
     from .data.images import DATASETS
-    from .evaluate.processes import place
+    from .evaluate.processes import is_first
 
     data = config.data
     own = data.name, user_path(data.path or "").resolve()
@@ -392,7 +397,7 @@ def _other_data(config: Any, arguments: argparse.Namespace) -> None:
     data.moved = False
     config.evaluate.placements = 1 if arguments.placements is None else arguments.placements
     check_placements(config.evaluate.placements, False, "--placements")
-    if said and place()[0] == 0:
+    if said and is_first():
         _say(f"hjepa: other pictures than those trained on, so {'; '.join(said)}")
 
 

@@ -56,6 +56,11 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one that reads, prints and writes."""
+    return place()[0] == 0
+
+
 def share(batches: Sequence[T]) -> Sequence[T]:
     """The batches of this process: neighbours, none where there are more processes than batches."""
     rank, count = place()

@@ -29,7 +29,7 @@ from .measures import (
     linear_cka,
     one_thread,
 )
-from .processes import agreed, gathered, place, share
+from .processes import agreed, gathered, is_first, share
 from .readers import Probe, knn_accuracy, linear_probe, probe_hits, retrieval_hits
 from .shown import shown_of, subset
 
@@ -252,7 +252,7 @@ def resolution_transfer(
     kept = {} if kept is None else kept
     left = [size for size in asked if size_text(size) not in kept]
     left = agreed(list(dict.fromkeys([home, *left])) if left else [])
-    first = place()[0] == 0
+    first = is_first()
     fits = [size for size in left if refit or size == home]
     total = len(left) * len(test_index) + len(fits) * len(train_index)
     bar = tqdm(total=total, desc="pictures", disable=not (progress and first))
