@@ -16,7 +16,6 @@ Not covered: more than one process.
 
 import argparse
 import csv
-import io
 import os
 import sys
 import time
@@ -31,6 +30,7 @@ from benchmarks.views import RECIPE, package
 from hjepa.config import Config, load_config
 from hjepa.data.images import ImageData
 from hjepa.evaluate.readers import linear_probe, probe_hits
+from hjepa.evaluate.results import csv_text
 from hjepa.evaluate.transfer import encode, subset
 from hjepa.files import write_whole
 from hjepa.inputs import UserError
@@ -135,11 +135,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def append(row: dict[str, Any], path: Path = TABLE) -> None:
     """Append a row to the table, which is made where it is absent."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*rows_of(path), row])
-    write_whole(path, text.getvalue())
+    write_whole(path, csv_text([*rows_of(path), row], COLUMNS))
 
 
 def main(words: list[str] | None = None) -> int:

@@ -34,7 +34,7 @@ def test_each_race_appends_a_row_with_what_it_depends_on(pictures, tmp_path, cap
     first, second = rows(table)
     assert tuple(first) == race.COLUMNS
     assert (first["steps"], first["pictures"], first["schedule_steps"]) == ("2", "16", "4")
-    assert (second["steps"], second["pictures"], second["goal"]) == ("4", "32", "2.0")
+    assert (second["steps"], second["pictures"], second["goal"]) == ("4", "32", "2")
     assert (first["processor"], first["threads"], first["precision"]) == (processor(), "1", "float32")
     assert first["recipe"] == "configs/photographs.yaml" and first["overrides"] == " ".join(SMALL)
     assert 0 <= float(first["probe"]) <= 1 and float(first["minutes"]) < 1 and first["date"] and first["instructions"]

@@ -70,10 +70,14 @@ def rows_to_csv(rows: Sequence[Row], path: str | Path) -> None:
     names = dict.fromkeys(key for row in rows for key in row)
     columns = [name for name in names if name not in MEASURED] + [name for name in MEASURED if name in names]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, _csv_text(rows, columns))
+    write_whole(path, csv_text(rows, columns))
 
 
-def _csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
+def csv_text(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Rows as the text of a CSV file with these columns; floats with 6 significant digits, sizes as `size_text`.
+
+    ValueError on a row with another column.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -130,7 +134,7 @@ def setting_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def sweep_csv(rows: Sequence[Row]) -> str:
     """The text of a sweep's table.csv. As `rows_to_csv`, whose reader reads it, but a row need not have a size."""
-    return _csv_text(rows, list(dict.fromkeys(key for row in rows for key in row)))
+    return csv_text(rows, list(dict.fromkeys(key for row in rows for key in row)))
 
 
 def by_setting(rows: Sequence[Row]) -> dict[str, list[Row]]:
