@@ -19,6 +19,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from hjepa.nn import encoders
+from hjepa.nn import vit as vit_module
 from hjepa.nn.encoders import ContextEncoder, create_encoder
 from hjepa.nn.vit import build_vit
 
@@ -232,6 +233,18 @@ def test_published_weights_are_not_made_another_function(
     assert ContextEncoder("vit_tiny_patch16_224", 32, True, vit=fits).vit.blocks[0].attn.num_heads == 3
     with pytest.raises(ValueError, match=message):
         ContextEncoder("vit_tiny_patch16_224", 32, True, vit={"embed_dim": 192} | option)
+
+
+def test_the_published_model_that_heads_are_compared_with_costs_no_memory_and_no_random_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    create, made = timm.create_model, []
+    vit = create("vit_tiny_patch16_224", num_classes=0)
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: (made.append(create(*a, **k)), made[-1])[1])
+    before = torch.get_rng_state()
+    vit_module._check_function(vit, "vit_tiny_patch16_224")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {tensor.device.type for model in made for tensor in model.state_dict().values()} == {"meta"}
 
 
 # image sizes
