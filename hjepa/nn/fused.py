@@ -13,7 +13,6 @@ capability 8.0 and 9.0. No GPU was at hand: what it gains has not been measured.
 Not covered: float32, where one complex product in place does it; learned tables, which `rotate` serves.
 """
 
-import os
 import warnings
 from contextlib import nullcontext
 from functools import cache
@@ -27,13 +26,13 @@ try:
 except ImportError:  # torch for CPUs, macOS and Windows has none
     triton = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 256  # pairs that one program turns
 
 
 def usable(x: Tensor) -> bool:
-    """Whether `turn_` may be used on tensors of this device and dtype."""
-    if triton is None or x.dtype not in (torch.bfloat16, torch.float16) or not (x.is_cuda or INTERPRETED):
+    """Whether `turn_` may be used on tensors of this device and dtype. `rotation.serves` asks where it may run at all:
+    on a CUDA device, or under Triton's interpreter."""
+    if triton is None or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     return _proven(x.device, x.dtype)
 

@@ -102,7 +102,6 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability: int, dtype: 
 
 
 def test_a_kernel_that_fails_or_is_wrong_is_left_alone_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "INTERPRETED", True)
     wrong = {"RuntimeError: no driver": None, "it is off by": lambda qkv, table, prefix: qkv}
     for said, kernel in wrong.items():
         fused._proven.cache_clear()
@@ -123,5 +122,4 @@ def test_without_triton_or_a_gpu_half_precision_is_not_overwritten(monkeypatch: 
     half = torch.zeros(1, dtype=torch.float16)
     assert not rotation.serves(half)
     monkeypatch.setattr(fused, "triton", None)
-    monkeypatch.setattr(fused, "INTERPRETED", True)
     assert not fused.usable(half)
