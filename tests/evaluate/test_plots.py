@@ -1,5 +1,7 @@
 """Figures, checked by the data in the Axes they return."""
 
+import json
+import re
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -169,6 +171,15 @@ def test_no_colour_is_near_that_of_a_scheme_or_strategy():
     others |= {f"signed {x:.1f}": SIGNED(x) for x in np.linspace(0, 1, 11)}
     near = {(key, scheme) for key, color in others.items() for scheme in RESERVED if _apart(color, scheme) < 25}
     assert len(RESERVED) == 8 and len(named) == 13 and near == set()
+
+
+def test_notebooks_take_the_colours_of_schemes_by_name_only():
+    """So none is drawn for something else by its code, by its number in matplotlib's cycle or in a colour map."""
+    by_hand = re.compile("|".join([*RESERVED, r"[\"']C\d[\"']", "tab:", "PuOr"]), re.IGNORECASE)
+    files = [*STYLE.parent.glob("*.ipynb"), *STYLE.parent.glob("solutions/*.ipynb")]
+    cells = {(f.name, i): c for f in files for i, c in enumerate(json.loads(f.read_text(encoding="utf-8"))["cells"])}
+    drawn = {place: "".join(cell["source"]) for place, cell in cells.items() if cell["cell_type"] == "code"}
+    assert len(files) > 20 and [place for place, code in drawn.items() if by_hand.search(code)] == []
 
 
 @pytest.mark.parametrize("sight", SIGHTS)
