@@ -19,12 +19,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models import load_state_dict
+from timm.models import clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
 from ..files import user_path
@@ -33,6 +34,9 @@ from ..inputs import UserError, nearest, patch_grid, size_pair, size_text
 RGB = tuple[float, float, float]
 PATCHES = "patch_embed.proj.weight"
 AVERAGED_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")  # the order in which timm takes them
+NO_WEIGHTS = (  # what reading a file and filling a model raise where it holds none that fit
+    RuntimeError, SafetensorError, UnpicklingError, OSError, EOFError, KeyError, AttributeError, TypeError,
+)  # fmt: skip
 
 
 class PublishedEncoder(nn.Module):
@@ -161,14 +165,13 @@ def _load(model: nn.Module, path: Path) -> None:
         raise FileNotFoundError(f"checkpoint {path} does not exist; nearest: {path.parent / near if near else 'none'}")
     translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        weights = load_state_dict(str(path))
-        _say_which(path)
+        weights = _read(path)
         _check_patch(weights, model, path)
         weights = translate(weights, model) if translate else weights
         found = model.load_state_dict({k: t for k, t in weights.items() if not _of_classifier(k, model)}, strict=False)
     except UserError:
         raise
-    except (RuntimeError, SafetensorError, OSError, EOFError, KeyError, AttributeError, TypeError) as error:
+    except NO_WEIGHTS as error:
         raise UserError(f"checkpoint {path} does not fit {_name(model)}: {_line(error)}") from None
     wrong = [f"{key} is missing" for key in found.missing_keys]
     wrong += [f"{key} has no place" for key in found.unexpected_keys]
@@ -177,15 +180,17 @@ def _load(model: nn.Module, path: Path) -> None:
         raise UserError(f"checkpoint {path} does not fit {_name(model)}: {wrong[0]}{more}")
 
 
-def _say_which(path: Path) -> None:
-    """A line on stderr where a training's file holds several sets of weights, averaged ones mostly."""
+def _read(path: Path) -> dict[str, Any]:
+    """The weights that timm takes from a file; a line on stderr where a training's file holds several sets of them,
+    averaged ones mostly."""
     if path.suffix == ".safetensors":
-        return
-    with torch.serialization.safe_globals([argparse.Namespace]):  # as timm reads it, but no tensor's numbers
-        held = torch.load(path, map_location="meta", weights_only=True)
+        return load_state_dict(str(path))
+    with torch.serialization.safe_globals([argparse.Namespace]):  # of a training's arguments
+        held = torch.load(path, map_location="cpu", weights_only=True)
     there = [name for name in AVERAGED_FIRST if isinstance(held, dict) and held.get(name) is not None]
     if len(there) > 1:
         print(f"hjepa: checkpoint {path}: read is its {there[0]}, not its {there[1]}", file=sys.stderr)
+    return clean_state_dict(held[there[0]] if there else held)
 
 
 def _check_patch(weights: dict[str, Any], model: nn.Module, path: Path) -> None:

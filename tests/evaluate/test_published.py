@@ -149,12 +149,15 @@ def test_weights_of_another_patch_size_are_not_resampled(tmp_path):
 
 
 @pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema"])
-def test_of_two_sets_of_weights_in_a_file_the_one_taken_is_named(averaged, tmp_path, capsys):
+def test_of_two_sets_of_weights_in_a_file_read_once_the_one_taken_is_named(averaged, tmp_path, capsys, monkeypatch):
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **how: (read.append(file), load(file, **how))[1])
     weights, plain = weights_of(PLAIN, tmp_path, num_classes=0)[0].state_dict(), averaged.removesuffix("_ema")
     halves = {name: weight / 2 for name, weight in weights.items()}
     for zipped in (True, False):
         torch.save({plain: weights, averaged: halves}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
         encoder = published_encoder(PLAIN, *IMAGENET, checkpoint=tmp_path / "a.pth")
+        assert len(read) == 1 and not read.clear()
         assert torch.equal(encoder.model.state_dict()["norm.weight"], halves["norm.weight"])
         assert capsys.readouterr().err.splitlines() == [
             f"hjepa: checkpoint {tmp_path / 'a.pth'}: read is its {averaged}, not its {plain}"
