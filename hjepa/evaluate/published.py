@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from ..files import user_path
 from ..inputs import UserError, nearest, patch_grid, size_pair, size_text
+from ..nn.vit import other_patch
 
 RGB = tuple[float, float, float]
-PATCHES = "patch_embed.proj.weight"
 AVERAGED_FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")  # the order in which timm takes them
 NO_WEIGHTS = (  # what reading a file and filling a model raise where it holds none that fit
     RuntimeError, SafetensorError, UnpicklingError, OSError, EOFError, KeyError, AttributeError, TypeError,
@@ -195,16 +195,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_patch(weights: dict[str, Any], model: nn.Module, path: Path) -> None:
     """Raise ValueError on weights of another patch size, which timm would resample without a word."""
-    own = model.state_dict().get(PATCHES)
-    for name, weight in weights.items():
-        if own is not None and name.endswith(PATCHES) and weight.dim() == own.dim() == 4:
-            theirs, ours = (size_text(tuple(w.shape[-2:])) for w in (weight, own))
-            if theirs != ours:
-                named = re.sub(r"patch\d+", f"patch{theirs}", _name(model))
-                near = nearest(named, timm.list_models(f"*patch{theirs}_*")) or "none"
-                raise UserError(
-                    f"checkpoint {path} has patches of {theirs} pixels and {_name(model)} of {ours}; nearest: {near}"
-                )
+    if found := other_patch(weights, model):
+        theirs, ours = found
+        named = re.sub(r"patch\d+", f"patch{theirs}", _name(model))
+        near = nearest(named, timm.list_models(f"*patch{theirs}_*")) or "none"
+        raise UserError(
+            f"checkpoint {path} has patches of {theirs} pixels and {_name(model)} of {ours}; nearest: {near}"
+        )
 
 
 def _of_classifier(key: str, model: nn.Module) -> bool:

@@ -17,17 +17,19 @@ from typing import Any
 import timm
 import torch
 from timm.layers import Attention
+from timm.models import load_state_dict
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..inputs import nearest, whole_patches
+from ..inputs import nearest, size_text, whole_patches
 from .alibi import ALiBi2D, with_bias
 from .attention import PlainAttention, RoPEAttentionWrapper, adopt, heads, weights
 from .checks import check_positions
 from .rope import VisionRoPE2D
 
 ROTARY = "not a timm VisionTransformer; models that are rotary by themselves (eva02, vit_*_rope_*) need no wrapper"
+PATCHES = "patch_embed.proj.weight"
 TOKENS = {"class_token", "reg_tokens"}  # options that published weights need not share
 FIXED = ("img_size", "num_classes", "dynamic_img_size", "pretrained")  # arguments of timm that belong to the encoder
 
@@ -55,8 +57,8 @@ def build_vit(
     if odd or len(vit.blocks) == 0:
         found = f"blocks of type {odd[0]}" if odd else "no blocks"
         raise ValueError(f"encoder_type={encoder_type!r} has {found}, only timm's plain Blocks fit")
-    if pretrained and "pretrained_cfg_overlay" not in overrides:  # weights of one's own may have any heads
-        _check_function(vit, encoder_type)
+    if pretrained:
+        _check_function(vit, encoder_type, overrides.get("pretrained_cfg_overlay"))
     for block in vit.blocks:
         widen_half(block)
     vit.patch_embed.img_size = None  # the encoder checks sizes; timm's check would bake them into a compiled graph
@@ -120,10 +122,43 @@ def _kind(module: nn.Module | None) -> str:
     return type(module).__name__
 
 
-def _check_function(vit: VisionTransformer, encoder_type: str) -> None:
-    """Raise ValueError where `vit`, of published weights, is not what timm itself makes of them."""
+def other_patch(weights: Mapping[str, Any], model: nn.Module) -> tuple[str, str] | None:
+    """The patch size of a file's weights and that of a timm model, in pixels, where they differ; None elsewhere.
+
+    timm resamples the patch embedding then, and says nothing. weights: as they lie in the file, in timm's layout or in
+    another one that timm knows (I-JEPA, CLIP, ..), also nested: there alone a patch embedding has [D, channels, h, w].
+    """
+    own = model.state_dict().get(PATCHES)
+    if own is None or own.dim() != 4:
+        return None
+    for name, weight in weights.items():
+        if isinstance(weight, Mapping) and (found := other_patch(weight, model)):
+            return found
+        if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[2:] == own.shape[2:]:
+            continue
+        if name.endswith(PATCHES) or weight.shape[:2] == own.shape[:2]:
+            return size_text(tuple(weight.shape[2:])), size_text(tuple(own.shape[2:]))
+    return None
+
+
+def _check_function(vit: VisionTransformer, encoder_type: str, own: Mapping[str, Any] | None) -> None:
+    """Raise ValueError where `vit`, of pretrained weights, is not what they were trained as.
+
+    own: where weights of one's own lie, timm's `pretrained_cfg_overlay`; they may have any heads.
+    """
+    if own is not None:
+        patches = other_patch(load_state_dict(str(own["file"])), vit) if own.get("file") else None
+        if patches:
+            what = f"{own['file']} has patches of {patches[0]} pixels, not patch_size={patches[1]}"
+            raise ValueError(f"{what}: timm would resample them; nearest: {patches[0]}")
+        return
     with torch.device("meta"):  # no memory, and no random numbers
-        published = same_shapes(timm.create_model(encoder_type, num_classes=0))
+        source = timm.create_model(encoder_type, num_classes=0)
+    if patches := other_patch(source.state_dict(), vit):
+        what = f"pretrained weights of {encoder_type!r} have patches of {patches[0]} pixels, not"
+        near = "null, the encoder type's own"
+        raise ValueError(f"{what} patch_size={patches[1]}: timm would resample them; nearest: {near}")
+    published = same_shapes(source)
     for name, value in same_shapes(vit).items():
         if value != published[name]:
             raise ValueError(

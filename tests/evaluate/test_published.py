@@ -141,9 +141,19 @@ def test_files_that_are_no_weights_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_weights_of_another_patch_size_are_not_resampled(tmp_path):
+@pytest.mark.parametrize("layout", ["timm", "I-JEPA", "CLIP", "nested"])
+def test_weights_of_another_patch_size_are_not_resampled(layout, tmp_path):
     name = "vit_tiny_patch16_224"
-    _, file = weights_of(name, tmp_path, num_classes=0, patch_size=32, depth=12)
+    model, file = weights_of(name, tmp_path, num_classes=0, patch_size=32, depth=12)
+    weights = model.state_dict()
+    if layout != "timm":
+        file = tmp_path / "weights.pth"
+        torch.save({
+            "I-JEPA": {"encoder": {f"module.{key}": weight for key, weight in weights.items()}, "epoch": 3},
+            "CLIP": {"visual.class_embedding": weights["cls_token"][0, 0],
+                     "visual.conv1.weight": weights["patch_embed.proj.weight"]},
+            "nested": {"state_dict": {"model": weights}},
+        }[layout], file)  # fmt: skip
     with pytest.raises(UserError, match=rf"has patches of 32 pixels and {name} of 16; nearest: vit_\w+_patch32_224"):
         published_encoder(name, *IMAGENET, checkpoint=file)
 

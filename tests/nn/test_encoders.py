@@ -235,6 +235,19 @@ def test_published_weights_are_not_made_another_function(
         ContextEncoder("vit_tiny_patch16_224", 32, True, vit={"embed_dim": 192} | option)
 
 
+@pytest.mark.parametrize("tokens", [{}, {"class_token": False}])
+def test_published_weights_of_another_patch_size_are_not_resampled(
+    published: tuple[dict[str, Tensor], dict[str, Any]], tokens: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = published[1] | {"patch_size": 8} | tokens
+    with pytest.raises(ValueError, match=r"safetensors has patches of 4 pixels, not patch_size=8: .*nearest: 4"):
+        ContextEncoder("vit_tiny_patch16_224", 16, True, vit=own)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **more: create(name, **more))
+    with pytest.raises(ValueError, match=r"'vit_tiny_patch16_224' have patches of 16 pixels, not patch_size=8: .*null"):
+        ContextEncoder("vit_tiny_patch16_224", 32, True, vit={"patch_size": 8} | tokens)
+
+
 def test_the_published_model_that_heads_are_compared_with_costs_no_memory_and_no_random_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -242,7 +255,7 @@ def test_the_published_model_that_heads_are_compared_with_costs_no_memory_and_no
     vit = create("vit_tiny_patch16_224", num_classes=0)
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: (made.append(create(*a, **k)), made[-1])[1])
     before = torch.get_rng_state()
-    vit_module._check_function(vit, "vit_tiny_patch16_224")
+    vit_module._check_function(vit, "vit_tiny_patch16_224", None)
     assert torch.equal(torch.get_rng_state(), before)
     assert {tensor.device.type for model in made for tensor in model.state_dict().values()} == {"meta"}
 
