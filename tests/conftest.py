@@ -25,10 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: starts processes and takes more than ten seconds")
 
 
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def draw_pictures(folder: Path) -> Path:
     """train/ and test/ with two classes of 32 x 32 pictures: horizontal and vertical stripes, with noise."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, count in (("train", 10), ("test", 6)):
         for label in ("across", "down"):
             (folder / split / label).mkdir(parents=True)
@@ -38,6 +37,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = grey[..., None] + rng.integers(0, 160, size=(32, 32, 3))
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / split / label / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `draw_pictures` draws, once for all tests."""
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture

@@ -117,6 +117,19 @@ MUTANTS = [
     Mutant("a view compared with itself", "nn/losses", 'scores = scores.masked_fill(itself, float("-inf"))', "pass", "losses"),
     Mutant("only one positive counts", "nn/losses", ".sum(1) / positive.sum(1)", ".max(1).values", "losses"),
     Mutant("sketch without its sine", "nn/losses", " + phase.sin().mean(0).square()", "", "losses"),
+    # training
+    Mutant("bfloat16 that is emulated", "train/loop", "any(getattr(torch.cpu, name, bool)() for name in BFLOAT16)", "bool(BFLOAT16)", "precision"),
+    Mutant("bfloat16 where one of its instructions is enough", "train/loop", "any(getattr(torch.cpu, name, bool)()", "all(getattr(torch.cpu, name, bool)()", "precision"),
+    Mutant("bfloat16 that a GPU emulates", "train/loop", "including_emulation=False", "including_emulation=True", "precision"),
+    Mutant("labels of other pictures", "nn/hjepa", "labels.repeat(len(scores)", "labels.repeat_interleave(len(scores)", "feed"),
+    Mutant("labels teach the classifier alone", "nn/hjepa", "scores = self.classifier(features)", "scores = self.classifier(features.detach())", "feed"),
+    Mutant("labels teach nothing", "nn/hjepa", "F.cross_entropy(scores,", "F.cross_entropy(scores.detach().requires_grad_(),", "feed"),
+    Mutant("crops counted from where a run went on", "train/feed", "draw_views(self.config, step)", "draw_views(self.config, step - self.steps[0])", "feed"),
+    Mutant("an optimiser that forgets where it was", "train/loop", "load_checkpoint(self.last_good, self.unwrapped, self.optimizer.optimizer)", "load_checkpoint(self.last_good, self.unwrapped)", "feed"),
+    Mutant("a run that goes on a step too late", "train/loop", "return state[\"step\"]", "return state[\"step\"] + 1", "feed"),
+    Mutant("half B read by default", "experiments/transfer", 'split: str = "test",', 'split: str = "test-b",', "halves"),
+    Mutant("half B read by another name", "build", "        split,\n        root", '        FINAL.get(options.name, split),\n        root', "halves"),
+    Mutant("half A with half B in it", "data/sources", 'if in_second == (request.split == "test-b")', 'if in_second >= (request.split == "test-b")', "halves"),
     # evaluation
     Mutant("prefix tokens in the pooled features", "evaluate/transfer", '"num_prefix_tokens", 0) :]', '"num_prefix_tokens", 0) * 0 :]', "evaluate"),
     Mutant("rows of another evaluation taken over", "evaluate/resume", " and before.get(\"key\") == key", "", "resume"),
@@ -126,6 +139,11 @@ MUTANTS = [
     Mutant("nearest by dot product", "evaluate/readers", "known, asked = F.normalize(gallery - mean, dim=1), F.normalize(queries - mean, dim=1)", "known, asked = gallery - mean, queries - mean", "metrics"),
     Mutant("moved pictures that hang over the border", "data/moved", "round(place.left * (width - side))", "round(place.left * width)", "moved"),
     Mutant("all repeats in one place", "data/moved", "placement(id_, repeat) for", "placement(id_, 0) for", "moved"),
+    Mutant("placements drawn as pictures of their own", "evaluate/transfer", "groups=shown.picture)", "groups=None)", "shown"),
+    Mutant("placements left out one by one", "evaluate/transfer", "seed, shown.picture if shown.placements > 1 else None)", "seed, None)", "shown"),
+    Mutant("placements chosen one by one", "evaluate/shown", "subset(len(number), count, seed)", "subset(len(picture), count, seed)", "shown"),
+    Mutant("a picture found by another placement", "evaluate/readers", "if turn is not None and len", "if False and len", "shown"),
+    Mutant("tables of several numbers of placements", "evaluate/results", "if len(numbers) > 1:", "if False:", "shown"),
     Mutant("a picture among its own neighbours", "evaluate/readers", ".fill_diagonal_(-math.inf)", "", "baselines"),
     Mutant("colours left normalised", "evaluate/baselines", "(images.cpu() * scale + shift)", "images", "baselines"),
     Mutant("pictures counted as if seeds shared none", "evaluate/primary", "seeds_part + pictures_part - rest_part", "seeds_part", "primary"),
@@ -172,7 +190,7 @@ def run_tests(mutant: Mutant | None, tests: list[str]) -> tuple[int, str]:
     """pytest's exit code and last line on a copy of the package, mutated or not. Once per process: it imports hjepa."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("hjepa", "tests", "configs"):
+        for name in ("hjepa", "tests", "configs", "benchmarks"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         (copy / "docs").mkdir()
         for page in (ROOT / "docs").glob("*.md"):  # some tests run the code of a page

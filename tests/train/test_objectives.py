@@ -65,21 +65,6 @@ def test_a_batch_that_holds_a_picture_twice_is_refused_where_pictures_are_told_a
         train(tiny(*VIEWS, *few, f"objective={objective}", other), tmp_path / other, progress=False)
 
 
-def test_labels_overfit_one_batch(tiny):
-    config = tiny("objective=labels", "views.large_scale=[1.0, 1.0]", "views.color_jitter=0", "views.grey=0")
-    model = build_model(config, 2).train()
-    optimizer = build_optimizer(model, lr=3e-3)
-    _, (arguments,) = feed_of(config)
-    losses = []
-    for _ in range(60):
-        out = model(**arguments)
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        losses.append(float(out.loss.detach()))
-    assert losses[0] > 0.5 and losses[-1] < 0.05
-
-
 def test_both_learns_masked_cells_on_two_levels_and_the_top(tiny, tmp_path):
     config = tiny(*VIEWS, "objective=both", "loss.teacher=true", "train.steps=3")
     train(config, tmp_path, progress=False)
@@ -184,20 +169,6 @@ def test_muon_goes_on_from_its_state_dict(tiny):
         moved(model, optimizer, range(2, 4))
     assert isinstance(second, MuonAdamW)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
-
-
-@pytest.mark.parametrize(("has", "chosen"), [("_is_avx512_bf16_supported", "bf16"), ("_is_amx_tile_supported", "bf16"),
-                                            ("", "no")])  # fmt: skip
-def test_auto_precision_is_what_the_processor_has_instructions_for(monkeypatch, has, chosen):
-    for name in loop.BFLOAT16:
-        assert callable(getattr(torch.cpu, name))
-        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert loop.choose_precision("auto") == chosen
-    with pytest.raises(UserError, match="mixed_precision=fp16 is for a GPU; nearest on a CPU: bf16"):
-        loop.choose_precision("fp16")  # torch would train in float32 without a word
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert loop.choose_precision("fp16") == "fp16"
 
 
 @pytest.mark.parametrize(
