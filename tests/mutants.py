@@ -127,6 +127,8 @@ MUTANTS = [
     Mutant("crops counted from where a run went on", "train/feed", "draw_views(self.config, step)", "draw_views(self.config, step - self.steps[0])", "feed"),
     Mutant("an optimiser that forgets where it was", "train/loop", "load_checkpoint(self.last_good, self.unwrapped, self.optimizer.optimizer)", "load_checkpoint(self.last_good, self.unwrapped)", "feed"),
     Mutant("a run that goes on a step too late", "train/loop", "return state[\"step\"]", "return state[\"step\"] + 1", "feed"),
+    Mutant("a picture twice in a batch across two epochs", "train/schedule", "    order[twice], order[free] = order[free], order[twice]\n", "", "schedule"),
+    Mutant("batches across epochs as drawn", "train/feed", 'apart=self.config.objective in ("views", "both")', "apart=False", "feed"),
     Mutant("half B read by default", "experiments/transfer", 'split: str = "test",', 'split: str = "test-b",', "halves"),
     Mutant("half B read by another name", "build", "        split,\n        root", '        FINAL.get(options.name, split),\n        root', "halves"),
     Mutant("half A with half B in it", "data/sources", 'if in_second == (request.split == "test-b")', 'if in_second >= (request.split == "test-b")', "halves"),

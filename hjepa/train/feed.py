@@ -116,7 +116,7 @@ class Feed:
         options = self.config.train
         sampler = StepSampler(
             self.steps, self.rows, size=len(self.data), batch_size=options.batch_size, seed=options.seed,
-            sides=self.sides,
+            sides=self.sides, apart=self.config.objective in ("views", "both"),
         )  # fmt: skip
         slots = itertools.product(self.steps, self.rows)
         keys = ((*slot, keys) for slot, keys in zip(slots, sampler, strict=True))

@@ -4,7 +4,8 @@ The idea: nothing depends on what happened before step t, so a run that is stopp
 split over processes or micro-batches, see the same numbers as one that is neither. There is no random state to
 save; the step is the state.
 
-    pictures   epoch e visits all pictures in the order of a generator seeded by (seed, e)
+    pictures   epoch e visits all pictures in the order of a generator seeded by (seed, e); where views are told apart
+               a batch across two epochs has no picture twice
     size       one draw from the list of training sizes
     crops      place p of the global batch of step t is augmented from mix(seed, t, p)
     masks      one draw for the whole global batch of step t, then sliced
@@ -49,21 +50,49 @@ def lr_at(step: int, *, steps: int, lr: float, min_lr: float = 0.0, warmup: int 
 
 
 @lru_cache(maxsize=2)
-def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """The order `[size]` in which epoch `epoch` visits the pictures."""
+def epoch_order(size: int, seed: int, epoch: int, apart: int = 0) -> Tensor:
+    """The order `[size]` in which epoch `epoch` visits the pictures.
+
+    apart: the batch size, if the batch that this epoch shares with the one before shall have no picture twice. Pictures
+    that it has already then change places with the next ones that it has not, all within the first `apart` places;
+    where there are none the order is the same. Of fewer pictures than a batch no order is changed.
+    """
+    if not 0 < apart <= size or not epoch * size % apart:
+        return _drawn(size, seed, epoch)
+    first = epoch - 1  # its end is as it was drawn, unless its beginning reaches so far
+    while size < 2 * apart and first * size % apart:
+        first -= 1  # to an epoch that begins with a batch
+    order = _drawn(size, seed, first)
+    for each in range(first + 1, epoch + 1):
+        order = _unlike(_drawn(size, seed, each), order[-(each * size % apart) :], apart)
+    return order
+
+
+def _drawn(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator_at(seed, epoch, "epoch"))
 
 
-def batch_at(step: int, *, size: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
+def _unlike(order: Tensor, last: Tensor, batch_size: int) -> Tensor:
+    """`order` whose beginning, with the pictures `last`, is a batch of different pictures."""
+    begun, taken = batch_size - len(last), torch.isin(order, last)
+    twice = taken[:begun].nonzero()[:, 0]
+    free = begun + (~taken[begun:]).nonzero()[: len(twice), 0]
+    order[twice], order[free] = order[free], order[twice]
+    return order
+
+
+def batch_at(step: int, *, size: int, batch_size: int, seed: int, apart: bool = False) -> list[tuple[int, int]]:
     """(picture, crop seed) of each place of the global batch of step `step`; size is the number of pictures.
 
-    A batch may lie across two epochs, so no picture is ever left out.
+    A batch may lie across two epochs, so no picture is ever left out. apart: such a batch has no picture twice, which
+    would be its own negative (`epoch_order`).
     """
     first = step * batch_size
     places = []
     for place in range(batch_size):
         epoch, offset = divmod(first + place, size)
-        places.append((int(epoch_order(size, seed, epoch)[offset]), mix(seed, step, place)))
+        order = epoch_order(size, seed, epoch, batch_size if apart else 0)
+        places.append((int(order[offset]), mix(seed, step, place)))
     return places
 
 
@@ -95,13 +124,14 @@ def share(batch_size: int, *, micro: int, accumulate: int, rank: int, processes:
 class StepSampler:
     """Batch sampler of one process: for each step, for each of its slices of the global batch, the list of its
     (picture, crop seed, image side). `size` is the number of pictures, `rows` are the slices, one per micro-batch,
-    from `share`; the side is drawn from `sides`, see `size_at`."""
+    from `share`; the side is drawn from `sides`, see `size_at`; apart: see `batch_at`."""
 
     def __init__(
-        self, steps: range, rows: Sequence[slice], *, size: int, batch_size: int, seed: int, sides: Sequence[int]
-    ):
+        self, steps: range, rows: Sequence[slice], *, size: int, batch_size: int, seed: int, sides: Sequence[int],
+        apart: bool = False,
+    ):  # fmt: skip
         self.steps, self.rows, self.size, self.batch_size, self.seed = steps, rows, size, batch_size, seed
-        self.sides = sides
+        self.sides, self.apart = sides, apart
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.rows)
@@ -109,5 +139,5 @@ class StepSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for step in self.steps:
             side = size_at(step, sizes=self.sides, seed=self.seed)
-            places = batch_at(step, size=self.size, batch_size=self.batch_size, seed=self.seed)
+            places = batch_at(step, size=self.size, batch_size=self.batch_size, seed=self.seed, apart=self.apart)
             yield from ([(*place, side) for place in places[rows]] for rows in self.rows)

@@ -91,3 +91,14 @@ def test_a_stopped_training_on_views_goes_on_bit_for_bit(tmp_path, monkeypatch):
     train(config, tmp_path / "cut", resume=True, progress=False)
     first, second = (load_file(latest_checkpoint(tmp_path / name) / "model.safetensors") for name in ("whole", "cut"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(("objective", "apart"), [("views", True), ("both", True), ("masks", False), ("labels", False)])
+def test_a_batch_across_two_epochs_has_no_picture_twice_where_they_are_told_apart(tmp_path, objective, apart):
+    """18 pictures in batches of 8: under views a picture's twin would be its own negative."""
+    config = small(tmp_path, f"objective={objective}")
+    data = load_split(config, "train")
+    feed = Feed(config, data, range(36), [slice(0, 8)], 8, torch.device("cpu"))
+    batches = [[key[0] for key in keys] for *_, keys in feed._loader().sampler]
+    assert all(len(set(pictures)) == 8 for pictures in batches) is apart
+    assert sorted(i for pictures in batches for i in pictures) == sorted(16 * list(range(18)))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa.train.schedule import StepSampler, batch_at, generator_at, lr_at, mix, share, size_at
+from hjepa.train.schedule import StepSampler, batch_at, epoch_order, generator_at, lr_at, mix, share, size_at
 
 CURVE = {"steps": 110, "lr": 0.8, "min_lr": 0.2, "warmup": 10}
 
@@ -38,6 +38,41 @@ def test_each_epoch_visits_every_picture_once_in_another_order():
     epochs = [stream[first : first + 20] for first in (0, 20, 40)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(("size", "batch"), [(20, 6), (20, 19), (23, 12), (12, 8), (97, 32), (9, 9), (8, 3), (2, 1)])
+def test_a_batch_across_two_epochs_has_no_picture_twice_and_epochs_stay_whole(size, batch):
+    """Other places than the few that change hold what they held; step by step in any order it is the same."""
+    steps = range(6 * size)
+    read = [[i for i, _ in batch_at(step, size=size, batch_size=batch, seed=3, apart=True)] for step in steps]
+    assert all(len(set(pictures)) == batch for pictures in read)
+    stream, drawn = ([i for pictures in those for i in pictures] for those in (
+        read, ([i for i, _ in batch_at(step, size=size, batch_size=batch, seed=3)] for step in steps)
+    ))  # fmt: skip
+    for first in range(0, len(stream) - size, size):
+        assert sorted(stream[first : first + size]) == list(range(size))
+        assert stream[first + batch : first + size] == drawn[first + batch : first + size]
+    assert stream[:size] == drawn[:size] and (size % batch == 0 or stream != drawn)
+    for step in reversed(steps[-4:]):  # as a resumed run asks, with nothing drawn before
+        epoch_order.cache_clear()
+        assert [i for i, _ in batch_at(step, size=size, batch_size=batch, seed=3, apart=True)] == read[step]
+
+
+def test_orders_without_a_picture_twice_are_as_they_were():
+    """Of 200 pictures and batches of 8 most epochs begin without; those that do not differ in pairs of places."""
+    changed = 0
+    for epoch in range(1, 60, 2):  # begins in the middle of a batch of 16
+        drawn, order = (epoch_order(200, 0, epoch, apart) for apart in (0, 16))
+        twice = set(epoch_order(200, 0, epoch - 1, 16)[-8:].tolist()) & set(drawn[:8].tolist())
+        assert int((drawn != order).sum()) == 2 * len(twice)
+        changed += len(twice) > 0
+    assert 0 < changed < 15
+    whole = epoch_order(200, 0, 2, 16)
+    assert torch.equal(whole, epoch_order(200, 0, 2)), "begins with a batch"
+
+
+def test_fewer_pictures_than_a_batch_keep_their_order():
+    assert batch_at(1, size=5, batch_size=8, seed=0, apart=True) == batch_at(1, size=5, batch_size=8, seed=0)
 
 
 def test_a_step_does_not_depend_on_the_steps_before_it():
