@@ -130,6 +130,17 @@ def test_the_peers_of_the_recipe_encode_as_many_tokens_by_as_many_weights(tmp_pa
     assert [p.shape for p in plain.projector.parameters()] == [p.shape for p in own.unwrapped.projector.parameters()]
 
 
+def test_the_views_that_are_timed_alone_are_those_of_the_step(tmp_path: Path) -> None:
+    """All of them, bit for bit, of every step that makes its own."""
+    views.pictures_in(tmp_path, 8)
+    with views.package(views.config_of(rotating.Setup(quick=True), tmp_path)) as run:
+        make, whole = views.views_alone(run), next(run.feed())
+        first, second = make(), make()
+        for name in ("images", "small"):
+            assert torch.equal(first[name], whole[name]) and not torch.equal(first[name], second[name])
+        assert first["images"].shape[0] == 8 and first["small"].shape[0] == 4
+
+
 def test_the_plain_loop_cuts_the_same_crops_and_has_the_same_loss(tmp_path: Path) -> None:
     z = torch.randn(3 * 5, 8)
     torch.testing.assert_close(views.contrastive(z, 5, 0.1), contrastive_loss(z.unflatten(0, (3, 5)), None, 0.1))
@@ -148,6 +159,8 @@ def test_a_quick_run_measures_every_section_in_under_twenty_seconds(quick: tuple
     measured, seconds = quick
     assert seconds < 20
     assert {entry["section"] for entry in measured["entries"]} == set(run.SECTIONS) == set(report.TITLES)
+    (rows,) = (e["rows"] for e in measured["entries"] if e["section"] == "views" and e["threads"] == 1)
+    assert next(iter(rows)) == "hjepa" and rows["its views"]["at_most"] == 0.1 and rows["plain loop"]["at_least"] == 1
     check_numbers(measured)
 
 

@@ -246,8 +246,12 @@ class _Run:
 
     def feed(self) -> Iterator[dict[str, Any]]:
         """The arguments of the model for every micro-batch from here to the last step."""
+        return iter(self.feeder())
+
+    def feeder(self) -> Feed:
+        """What makes them."""
         half = self.precision == "bf16" and self.accelerator.device.type == "cpu"
-        return iter(Feed(
+        return Feed(
             self.config,
             self.train_data,
             range(self.start, self.config.train.steps),
@@ -255,7 +259,7 @@ class _Run:
             self.unwrapped.context_encoder.patch_size,
             self.accelerator.device,
             torch.bfloat16 if half else torch.float32,
-        ))  # fmt: skip
+        )
 
     def grid(self, side: int) -> tuple[int, int]:
         """The patch grid of a square image of that side."""
