@@ -13,12 +13,12 @@ at all, and a full disk leaves the earlier ones as they were. The two newest are
 every step seeds itself from (seed, step), see `hjepa.train.schedule`.
 
 The hashes find damage and honest mistakes; they are no signature against an attacker. They are computed once for each
-file as it was last written, so a resume reads each file once for them; `verify` reads all of them again.
+file as it was last written, so a resume reads each file once for them, and of several processes only the first one
+(`after_first`); `verify` reads all of them again.
 
 Not covered: exports (`hjepa.hub`).
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,8 @@ from .sharding import is_sharded, load_whole, load_whole_optimizer, numbered
 FORMAT, VERSION = "hjepa-checkpoint", 1
 WEIGHTS, OPTIMIZER, STATE, SHARDS = "model.safetensors", "optimizer.pt", "state.json", "shards"
 KINDS = {"step": int, "sha256": dict, "config": dict, "extra": dict}  # of the state's parts
+T = TypeVar("T")
+_HASHED: dict[tuple[str, int, int, int], str] = {}  # path, inode, size and time of a file as last written -> digest
 
 
 class CheckpointError(UserError):
@@ -210,12 +212,29 @@ def _sync_folder(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     """Digest of a file; one that was not written since is not read again."""
     found = path.stat()
-    return _read_sha256(path, found.st_ino, found.st_size, found.st_mtime_ns)
+    key = (str(path), found.st_ino, found.st_size, found.st_mtime_ns)
+    if key not in _HASHED:
+        _HASHED[key] = shards.digest(path)
+    return _HASHED[key]
 
 
-@functools.lru_cache(maxsize=4096)
-def _read_sha256(path: Path, *written: int) -> str:
-    return shards.digest(path)
+def after_first(find: Callable[[], T]) -> T:
+    """find() on every process, on the first one before the others, who take over what it has hashed.
+
+    All processes call it. An error of the first one is found by the others too, in the same digests.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return find()
+    first = dist.get_rank() == 0
+    told: list[Any] = [None]
+    try:
+        if first:
+            return find()
+    finally:
+        told[0] = _HASHED if first else None
+        dist.broadcast_object_list(told)
+    _HASHED.update(told[0])
+    return find()
 
 
 def _digest_of(state: Mapping[str, Any]) -> str:
@@ -307,7 +326,7 @@ def verify(run_dir: str | Path) -> dict[str, str]:
     Raises:
         FileNotFoundError: no checkpoint there.
     """
-    _read_sha256.cache_clear()
+    _HASHED.clear()
     found = {}
     for path in saved_steps(Path(run_dir) / "checkpoints"):
         try:

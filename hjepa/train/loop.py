@@ -49,6 +49,7 @@ from ..nn.hjepa import HJEPA
 from ..pretrained import folder_of, list_pretrained
 from .checkpoint import (
     STATE,
+    after_first,
     begin_checkpoint,
     latest_checkpoint,
     load_checkpoint,
@@ -121,13 +122,13 @@ class _Run:
     def __init__(self, config: Config, run_dir: Path, resume: bool, progress: bool):
         self.config, self.run_dir = config, run_dir
         options = config.train
-        self.last_good = latest_checkpoint(run_dir) if resume else None
-        note = check_run_dir(config, run_dir, resume, self.last_good)
         torch.set_num_threads(options.threads)
         if options.tf32:
             torch.set_float32_matmul_precision("high")
         self.precision = choose_precision(options.mixed_precision)
         self.accelerator = _accelerator(self.precision, options.accumulate)
+        self.last_good = after_first(lambda: latest_checkpoint(run_dir)) if resume else None
+        note = check_run_dir(config, run_dir, resume, self.last_good)
         chosen = self.precision == choose_precision("auto")  # what the processor can do needs no stopwatch
         if self.accelerator.is_main_process and self.accelerator.device.type == "cpu" and not chosen:
             _warn_if_slow(self.precision)
@@ -445,7 +446,7 @@ def _start_from(name: str, model: HJEPA) -> None:
     comes with the package or an export, in both encoders."""
     folder = folder_of(name)
     if not hub.is_export(folder):
-        found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
+        found = after_first(lambda: _whole_one(folder))
         if found is None:
             what = f"neither a run with checkpoints nor a checkpoint, nor one of {', '.join(list_pretrained())}"
             raise FileNotFoundError(f"train.init_from={name}: {what}")
@@ -466,6 +467,14 @@ def _start_from(name: str, model: HJEPA) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).replace("\n\t", " ")
         raise UserError(f"train.init_from={name} is of another architecture than the config: {reason}") from None
+
+
+def _whole_one(folder: Path) -> Path | None:
+    """The folder where it is a checkpoint, or else the newest one of the run that it is; hashed."""
+    found = folder if (folder / STATE).is_file() else latest_checkpoint(folder)
+    if found is not None:
+        read_state(found)
+    return found
 
 
 def _due(step: int, every: int, last: int) -> bool:

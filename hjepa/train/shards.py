@@ -12,7 +12,7 @@ training goes on. The threads talk in a gloo group of their own. .metadata is a 
 puts there are built, so no code is run.
 
 Source: torch.distributed.checkpoint.
-Not covered: hashing by several processes when a checkpoint is read; each reads all files once for that.
+Not covered: hashing shared out among the processes when a checkpoint is read; the first one reads all files for that.
 """
 
 import hashlib

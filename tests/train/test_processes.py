@@ -100,6 +100,27 @@ with open(f"{sys.argv[1]}/graphs-{os.environ['RANK']}", "w") as file:
     file.write(str(counters["stats"]["unique_graphs"]))
 """
 
+COUNTED_HASHES = """
+import json, os, sys
+from pathlib import Path
+from hjepa.config import load_config
+from hjepa.train import checkpoint, loop, shards
+folder, read, found, digest, build = Path(sys.argv[1]), [], {}, shards.digest, loop._Run._build
+shards.digest = lambda path: (read.append(f"{path.parent.name}/{path.name}"), digest(path))[1]
+def built(self):
+    start = build(self)
+    found[self.run_dir.name] = [start, sorted(read)]
+    return start
+loop._Run._build = built
+config = load_config(folder / "one/config.yaml")
+for name in ("resumed", "new"):
+    read.clear()
+    checkpoint._HASHED.clear()
+    config.train.init_from = str(folder / "one") if name == "new" else None
+    loop.train(config, folder / name, resume=name == "resumed", progress=False)
+(folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+"""
+
 
 def torchrun(
     script: str, folder: Path, *words: str, environment: dict[str, str] = FSDP
@@ -166,6 +187,20 @@ def test_a_killed_worker_ends_the_job_by_name_and_leaves_a_whole_checkpoint(tiny
     assert "rank      : 1" in cause and f"Signal 9 (SIGKILL) received by PID {killed}" in cause
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert load_run(run)[1].train.steps == 4000 and read_state(latest_checkpoint(run))["step"] >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:going back to")
+def test_the_first_process_hashes_a_checkpoint_and_the_others_take_its_word(tiny, tmp_path):
+    """Also the word on a damaged one, which all of them go back behind."""
+    train(tiny("train.steps=4", "train.checkpoint_every=2"), tmp_path / "one", progress=False)
+    shutil.copytree(tmp_path / "one", tmp_path / "resumed")
+    (tmp_path / "resumed/checkpoints/step_00000004/model.safetensors").write_bytes(b"damaged")
+    succeed(torchrun(COUNTED_HASHES, tmp_path, environment=ENVIRONMENT))
+    first, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    files = [f"step_{step:08d}/{name}" for step in (2, 4) for name in ("model.safetensors", "optimizer.pt")]
+    assert first == {"resumed": [2, files[:3]], "new": [0, files[2:]]}
+    assert other == {"resumed": [2, []], "new": [0, []]}
 
 
 LEARNED = {

@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_file_is_hashed_once_until_it_is_written_again(run, monkeypatch):
-    storage._read_sha256.cache_clear()
+    storage._HASHED.clear()
     digest, read = storage.hashlib.file_digest, []
     monkeypatch.setattr(storage.hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
     found = storage.latest_checkpoint(run)
