@@ -114,9 +114,9 @@ def mean_and_std(data: ImageData, size: Size = 64) -> tuple[RGB, RGB]:
 
 
 def normalised(images: Tensor, mean: RGB, std: RGB) -> Tensor:
-    """uint8 [..., 3, h, w] -> float32 of the same shape and device, (x / 255 - mean) / std per channel."""
+    """uint8 [..., 3, h, w] -> new float32 of the same shape and device, (x / 255 - mean) / std per channel."""
     mean_, std_ = (constants(tuple(value), images.device, 255).view(3, 1, 1) for value in (mean, std))
-    return images.to(torch.float32).sub_(mean_).div_(std_)
+    return images.to(torch.float32, copy=True).sub_(mean_).div_(std_)
 
 
 class TrainView(Dataset):

@@ -13,7 +13,7 @@ from PIL import Image
 from hjepa.build import load_split
 from hjepa.config import load_config
 from hjepa.data import openmoji, sources
-from hjepa.data.images import DATASETS, SPLITS, ImageData, TrainView, load_data, mean_and_std
+from hjepa.data.images import DATASETS, SPLITS, ImageData, TrainView, load_data, mean_and_std, normalised
 from hjepa.data.sources import ArrayPictures, fit
 
 debian = pytest.mark.skipif(not sources.DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
@@ -326,3 +326,11 @@ def test_mean_and_std_are_those_of_all_pixels_and_training_uses_them(tmp_path):
         assert std[channel] == pytest.approx(pixels[:, channel].double().std(correction=0).item(), abs=1e-6)
     own = load_split(load_config(overrides=["data.mean=[0.1,0.2,0.3]", "data.std=[0.4,0.5,0.6]"]), "train")
     assert own.mean == (0.1, 0.2, 0.3) and own.std == (0.4, 0.5, 0.6)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_normalising_leaves_the_pictures_as_they_were(kind):
+    images = torch.full((2, 3, 4, 4), 51, dtype=kind)
+    found = normalised(images, (0.1, 0.2, 0.3), (0.5, 0.25, 0.2))
+    assert (images == 51).all()
+    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor([0.2, 0.0, -0.5]))  # 51 / 255 = 0.2
