@@ -80,7 +80,7 @@ def package(config: Config) -> Iterator[_Run]:
 def views_alone(run: _Run) -> Callable[[], dict[str, Any]]:
     """Makes the views of one step after the other, as the loop does, from the pictures of the first."""
     feeder, steps, seed = run.feeder(), itertools.count(), run.config.train.seed
-    pictures, labels, _ = next(iter(feeder._loader()))
+    pictures, labels, _ = next(feeder._batches())
 
     def make() -> dict[str, Any]:
         step = next(steps)

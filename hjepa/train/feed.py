@@ -112,16 +112,18 @@ class Feed:
                     arguments["masks"] = masks.to(self.device)
                 yield arguments
 
-    def _batches(self) -> Iterator[Any]:
+    def _keys(self) -> Iterator[tuple[int, slice, list[Any]]]:
         options = self.config.train
         sampler = StepSampler(
             self.steps, self.rows, size=len(self.data), batch_size=options.batch_size, seed=options.seed,
             sides=self.sides, apart=self.config.objective in ("views", "both"),
         )  # fmt: skip
         slots = itertools.product(self.steps, self.rows)
-        keys = ((*slot, keys) for slot, keys in zip(slots, sampler, strict=True))
+        return ((*slot, keys) for slot, keys in zip(slots, sampler, strict=True))
+
+    def _batches(self) -> Iterator[Any]:
         made = Batches(self.config, self.data, self.patch_size)
-        return loaded(made, keys, options.num_workers, pin=self.device.type == "cuda")
+        return loaded(made, self._keys(), self.config.train.num_workers, pin=self.device.type == "cuda")
 
     def _views(
         self, pictures: Tensor, labels: Tensor, crops: tuple[list[Crops], list[Crops]], side: int, rows: slice

@@ -99,6 +99,6 @@ def test_a_batch_across_two_epochs_has_no_picture_twice_where_they_are_told_apar
     config = small(tmp_path, f"objective={objective}")
     data = load_split(config, "train")
     feed = Feed(config, data, range(36), [slice(0, 8)], 8, torch.device("cpu"))
-    batches = [[key[0] for key in keys] for *_, keys in feed._loader().sampler]
+    batches = [[key[0] for key in keys] for *_, keys in feed._keys()]
     assert all(len(set(pictures)) == 8 for pictures in batches) is apart
     assert sorted(i for pictures in batches for i in pictures) == sorted(16 * list(range(18)))
