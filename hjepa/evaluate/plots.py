@@ -1,7 +1,7 @@
 """Figures: data in, a matplotlib Axes out.
 
-One colour for one thing everywhere. The position schemes and the strategies for other grids wear the palette of Okabe &
-Ito (2008) and one brown, and nothing else does. Context, target, rows, levels and what has no name wear other hues
+The position schemes and the strategies for other grids wear the palette of Okabe & Ito (2008) and one brown, and
+nothing else does. Context, target, rows, levels and what has no name wear other hues
 (three of Paul Tol's muted scheme and more), so that no line looks like a scheme that it is not.
 Fonts, sizes and grids stand in `notebooks/matplotlibrc`. Every function draws on the Axes it is given, or on a
 new one, and returns it; titles that state a finding are left to the caller.
