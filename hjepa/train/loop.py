@@ -127,7 +127,7 @@ class _Run:
             torch.set_float32_matmul_precision("high")
         self.precision = choose_precision(options.mixed_precision)
         self.accelerator = _accelerator(self.precision, options.accumulate)
-        self.last_good = after_first(lambda: latest_checkpoint(run_dir)) if resume else None
+        self.last_good = after_first(lambda: latest_checkpoint(run_dir) if resume else None)  # resume or not, by all
         note = check_run_dir(config, run_dir, resume, self.last_good)
         chosen = self.precision == choose_precision("auto")  # what the processor can do needs no stopwatch
         if self.accelerator.is_main_process and self.accelerator.device.type == "cpu" and not chosen:
