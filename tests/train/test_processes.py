@@ -58,6 +58,14 @@ folders = [Path(sys.argv[1]) / run for run in sys.argv[2:]]
 for folder, resume in [(folder, folder.is_dir()) for folder in folders]:
     train(load_config(folder.parent / "one/config.yaml"), folder, resume=resume, progress=False)
 """
+DISAGREE = """
+import os, sys
+from pathlib import Path
+from hjepa.config import load_config
+from hjepa.train.loop import train
+folder = Path(sys.argv[1])
+train(load_config(folder / "one/config.yaml"), folder / "new", resume=os.environ["RANK"] == "1", progress=False)
+"""
 FREQUENCIES = """
 import sys
 import torch
@@ -225,6 +233,15 @@ def test_cut_models_with_learned_frequencies_train_save_and_resume_as_whole_ones
         for run in ("cut", "resumed"):
             torch.testing.assert_close(column(tmp_path / name / run, "loss"), loss, atol=within, rtol=0)
             assert read_state(latest_checkpoint(tmp_path / name / run))["step"] == 6
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_on_resume_do_not_wait_for_one_another(tiny, tmp_path):
+    """One asks whether the folder is there after the first has made it."""
+    (tmp_path / "one").mkdir()
+    save_config(tiny("train.steps=2"), tmp_path / "one/config.yaml")
+    succeed(torchrun(DISAGREE, tmp_path, environment=ENVIRONMENT))
+    assert read_state(latest_checkpoint(tmp_path / "new"))["step"] == 2
 
 
 @pytest.mark.slow
