@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 from .config import Config, as_dicts, patch_side
-from .data.images import RGB, ImageData, load_data, seeded
+from .data.images import RGB, ImageData, load_data, seeded, side_for
 from .data.views import Crops, draw_crops
-from .inputs import size_pair, users_own
+from .inputs import users_own
 from .nn.encoders import ContextEncoder, TargetEncoder, create_encoder
 from .nn.hjepa import HJEPA, build_projector
 from .nn.masks import BatchMasks, Masks, MaskShapes, sample_kept
@@ -116,13 +116,12 @@ def load_split(config: Config, split: str, repeats: int = 1, read_at: Sequence[A
     read_at: sizes in pixels, beside those of training, that pictures will be read at; they have as much detail.
     """
     options = config.data
-    halves = [(max(size_pair(size)) + 1) // 2 for size in read_at]  # `load_data` takes files of twice its image_size
     data = load_data(
         options.name,
         split,
         root=options.root,
         path=options.path,
-        image_size=max([*train_sizes(config), *halves]),
+        image_size=max([*train_sizes(config), *([side_for(read_at)] if read_at else [])]),
         limit=options.limit if split == "train" else None,
         on_corrupt=options.on_corrupt,
         moved=options.moved,

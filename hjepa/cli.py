@@ -220,7 +220,7 @@ def _evaluate_here(arguments: argparse.Namespace) -> int:
 
 def _evaluate_published(arguments: argparse.Namespace) -> int:
     from .config import as_dicts, load_config
-    from .data.images import DATASETS, load_data
+    from .data.images import DATASETS, load_data, side_for
     from .evaluate.baselines import baselines
     from .evaluate.published import published_encoders
 
@@ -234,7 +234,7 @@ def _evaluate_published(arguments: argparse.Namespace) -> int:
     for model in models.values():
         for size in (home, *asked):
             model.check_size(size)
-    side = (max(max(size) for size in (home, *asked)) + 1) // 2  # `load_data` takes files of twice its image_size
+    side = side_for([home, *asked])
     splits = [load_data(name, split, root=root, path=arguments.path, image_size=side) for split in ("train", "test")]
     options = as_dicts(load_config().evaluate) | {"sizes": asked, "train_size": home}
     arguments.workers = arguments.workers or 0

@@ -309,6 +309,11 @@ def load_data(
     )
 
 
+def side_for(sizes: Sequence[Any]) -> int:
+    """The image_size, pixels, that `load_data` needs for pictures read at `sizes`: it takes files of twice that."""
+    return (max(max(size_pair(size)) for size in sizes) + 1) // 2
+
+
 def _check(name: str, split: str, image_size: int, limit: int | None, on_corrupt: str) -> None:
     if name not in DATASETS:
         near = nearest(name, DATASETS) or "none"

@@ -99,7 +99,7 @@ def _control(configs: Mapping[str, Config]) -> dict[str, Any]:
         trained = trained_config(name)
         model = trained.model
         placed = model.rope.use_rope or model.use_absolute or model.use_alibi
-        if not placed and _recipe(trained) == wanted and CONTROL not in configs:
+        if not placed and _recipe(trained) == wanted:
             return {CONTROL: load_pretrained(name)}
     return {}
 
@@ -134,7 +134,7 @@ def read_all(
     first, config = next(iter(configs.items()))
     for name, other in configs.items():
         check_alike(f"variant {name!r}", other, repr(first), config, sizes=False)
-        if name in (*BESIDE, "chance"):
+        if name in (*BESIDE, "chance", CONTROL):
             raise UserError(f"variant {name!r}: a baseline in the table has that name; give it another")
     size, options = config.data.image_size, as_dicts(config.evaluate)
     options.pop("sizes")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hjepa.build import load_split
 from hjepa.config import load_config
 from hjepa.experiments.sweep import load_sweep
-from hjepa.experiments.transfer import SCHEMES, _control, read_all, readers, scheme_configs, train_all
+from hjepa.experiments.transfer import CONTROL, SCHEMES, _control, read_all, readers, scheme_configs, train_all
 from hjepa.pretrained import load_pretrained
 from hjepa.train.checkpoint import latest_checkpoint
 
@@ -106,7 +106,7 @@ def test_moved_test_pictures_are_read_in_all_their_places_by_everybody(tiny, tmp
     assert {each.shape for each in hits.values()} == {(16,)}
 
 
-@pytest.mark.parametrize("name", ["HOG", "raw pixels", "colour histogram", "random init", "chance"])
+@pytest.mark.parametrize("name", ["HOG", "raw pixels", "colour histogram", "random init", "chance", CONTROL])
 def test_a_variant_named_like_a_baseline_is_refused(tiny, tmp_path, name):
     with pytest.raises(ValueError, match=f"variant '{name}': a baseline in the table has that name"):
         read_all({"rope": tiny(), name: tiny()}, tmp_path, [16])
