@@ -93,6 +93,16 @@ def test_a_link_inside_the_project_leads_to_a_file(page: Path) -> None:
     assert [path for path in paths if path and not reached(page, path).exists()] == []
 
 
+SITE = [page for page in PAGES if page.parent != ROOT and page.suffix != ".html"]
+
+
+@pytest.mark.parametrize("page", SITE, ids=named)
+def test_a_link_of_a_page_of_the_site_stays_in_the_site(page: Path) -> None:
+    inside = [target.partition("#")[0] for _, target in links(text_of(page)) if not urlsplit(target).scheme]
+    files = [reached(page, path).resolve().relative_to(ROOT) for path in inside if path]
+    assert [str(file) for file in files if file.parts[0] not in ("docs", "notebooks")] == []
+
+
 def reached(page: Path, path: str) -> Path:
     """The file a relative link means. The site's front page lies above docs/, where its HTML links start."""
     base = ROOT if page.name == "index.md" and path.startswith("docs/") else page.parent
