@@ -62,6 +62,10 @@ class MovedPictures:
         self.background = torch.tensor(background, dtype=torch.uint8).view(3, 1, 1)
         self.kept: dict[int, Tensor] = {}
 
+    def stamps(self) -> Any:
+        """Size and time of change of the pictures' files, where they are files."""
+        return self.pictures.stamps() if hasattr(self.pictures, "stamps") else None
+
     def source(self, index: int) -> Tensor:
         """uint8 [3, detail, detail]; kept in memory up to MEMORY bytes."""
         if index in self.kept:

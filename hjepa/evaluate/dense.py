@@ -11,7 +11,6 @@ Not covered: segmentation, and matches between different pictures.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -115,16 +114,16 @@ def dense_transfer(
     asked = list(dict.fromkeys([home, *map(size_pair, sizes)]))
     grids = {name: _grids(encoder, [home, *asked]) for name, encoder in encoders.items()}
     known, shown = subset(len(train), gallery, seed), shown_of(test, queries, seed)
-    tokens_of = partial(encode, pool=None, batch_size=batch_size)
-    images = at_size(test, home, shown.index, workers)
-    at_home = {name: tokens_of(e, images) for name, e in encoders.items()}
-    images = at_size(train, home, known, workers)
-    readers = {name: place_reader(tokens_of(e, images), grids[name][home]) for name, e in encoders.items()}
+
+    def tokens_of(data: Pictures, size: tuple[int, int], index: Tensor) -> dict[str, Tensor]:
+        images = at_size(data, size, index, workers)
+        return {name: encode(e, images, pool=None, batch_size=batch_size) for name, e in encoders.items()}
+
+    readers = {name: place_reader(x, grids[name][home]) for name, x in tokens_of(train, home, known).items()}
+    at_home = tokens_of(test, home, shown.index)
     rows: list[dict[str, Any]] = []
     for size in asked:
-        images = at_size(test, size, shown.index, workers)
-        for name, encoder in encoders.items():
-            tokens = tokens_of(encoder, images)
+        for name, tokens in (at_home if size == home else tokens_of(test, size, shown.index)).items():
             apart = matched(tokens, at_home[name], patches_apart(grids[name][size], grids[name][home]))
             found = {f"match_{k}": _share(apart, k, 1) for k in WITHIN}
             if min(grids[name][size]) > 1:  # in a single row or column there is nothing to tell apart

@@ -61,9 +61,7 @@ def fingerprint(encoders: Mapping[str, EncoderLike], splits: Sequence[Any], **op
     for data in splits:
         digest.update(repr((data.ids, data.labels.tolist(), data.mean, data.std)).encode())
         digest.update(data.at_size(32, subset(len(data), 64, 0)).numpy().tobytes())
-        pictures = getattr(data, "pictures", None)
-        while pictures is not None:  # moved ones have others inside
-            if hasattr(pictures, "stamps"):
-                digest.update(repr(pictures.stamps()).encode())
-            pictures = getattr(pictures, "pictures", None)
+        stamps = getattr(getattr(data, "pictures", None), "stamps", None)
+        if stamps is not None:
+            digest.update(repr(stamps()).encode())
     return digest.hexdigest()
