@@ -56,6 +56,7 @@ CELLS = {  # objective and training grids -> overrides
     "labels, one grid": LABELS,
     "labels, several grids": (*LABELS, "data.train_scales=[0.75,1.0,1.25]"),
 }
+TRAINED = {"views, several grids": (32,), "labels, several grids": (48, 80)}  # sides in pixels beside HOME
 DATA = {  # what differs from the recipe's pictures, and how often each test picture is placed on its canvas
     "photographs": ((), 1),
     "emoji": (("data.name=openmoji", "data.moved=true", "views.color_jitter=0.2", "views.grey=0.0"), 3),
@@ -255,7 +256,8 @@ def main(words: list[str] | None = None) -> int:
                 found = found_in(pairs, opponent)
                 rows_to_csv(found, place / "primary.csv")
                 (place / "summary.md").write_text(summary(found, NAMED[opponent]), encoding="utf-8")
-        cells_figure(rows, HOME).savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
+        drawn = cells_figure(rows, HOME, trained=TRAINED)
+        drawn.savefig(given.folder / "figure.png", dpi=110, metadata={"Software": None})
     return 0
 
 

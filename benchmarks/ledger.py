@@ -102,8 +102,9 @@ def bench_ratios(results: Mapping[str, Any], what: str) -> dict[str, dict[str, f
     wanted, found = {"forward": "forward", "training": "forward + backward"}[what], {}
     for entry in results["entries"]:
         model, precision, passes = ([*entry["title"].split(", "), "", ""])[:3]
-        if entry["section"] == "encoders" and passes == wanted:
+        if entry["section"] in ("encoders", "compiled") and passes == wanted:
             name = model + (f" in {precision}" if precision != "float32" else "")
+            name += ", compiled" if entry["section"] == "compiled" else ""
             name += f" on {entry['threads']} threads" if entry["threads"] > 1 else ""
             found[name] = entry["rows"]["RoPE on"]["ratio"]
     return found

@@ -77,10 +77,15 @@ def test_overhead_is_read_from_what_the_benchmark_writes(tmp_path: Path) -> None
     calls = {"RoPE off": lambda: sum(range(2000)), "RoPE on": lambda: sum(range(2000))}
     titles = ["ViT-S, float32, forward", "ViT-S, float32, forward + backward", "ViT-S, bfloat16, forward"]
     entries = [timing.compare("encoders", title, calls, rounds=3, shortest=1e-4) for title in titles]
+    title = "ViT-S of 3 layers, bfloat16, forward, compiled"
+    entries.append(timing.compare("compiled", title, calls, rounds=3, shortest=1e-4))
     wanted = entries[0]["rows"]["RoPE on"]["ratio"] = {"median": 1.01, "low": 1.005, "high": 1.02}
     narrow = entries[2]["rows"]["RoPE on"]["ratio"] = {"median": 1.02, "low": 1.01, "high": 1.03}
+    compiled = entries[3]["rows"]["RoPE on"]["ratio"] = {"median": 1.03, "low": 1.02, "high": 1.04}
     results = {"environment": {"quick": False}, "entries": entries}
-    assert ledger.bench_ratios(results, "forward") == {"ViT-S": wanted, "ViT-S in bfloat16": narrow}
+    assert ledger.bench_ratios(results, "forward") == {
+        "ViT-S": wanted, "ViT-S in bfloat16": narrow, "ViT-S of 3 layers in bfloat16, compiled": compiled,
+    }  # fmt: skip
     assert ledger.bench_ratios(results, "training") == {"ViT-S": entries[1]["rows"]["RoPE on"]["ratio"]}
     (tmp_path / "benchmarks").mkdir()
     for quick, verdict in ((False, "holds"), (True, "not settled yet")):

@@ -184,7 +184,7 @@ def cells_figure(
             shown = summarise([{key: value for key, value in row.items() if key != "cell"} for row in own])
             transfer_figure(shown, metric, train_size, ax=ax, labels=False)
             for size in (trained or {}).get(cell, ()):
-                ax.axvline(size, color=INK, lw=1, ls=":", label="_trained too")
+                ax.axvline(size, ymax=0.92, color=INK, lw=1, ls=":", label="_trained too")  # below the label
             ax.set_ylabel(METRICS.get(metric, metric).split("\n")[0] if ax in block[:, 0] else "")
             ax.set_xlabel(ax.get_xlabel() if ax in axes[-1] else "")
             if metric == metrics[0] or lines > 1:
@@ -294,7 +294,9 @@ def show_masks(
     ax.imshow(picture(image), extent=extent)
     ax.imshow(tint, extent=extent)
     ax.scatter(x, y, s=12, color=COLORS["target"], edgecolor="white", linewidth=0.6, zorder=3)
-    ax.set_axis_off()
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set(visible=True, color="#bbbbbb")  # or faded patches at the border of a white picture are lost
     return ax
 
 
