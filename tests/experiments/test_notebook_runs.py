@@ -130,7 +130,11 @@ OTHER_PARAMETERS = {
     },
     "one_run.ipynb": {
         "recipe": "configs/photographs.yaml",
-        "variants": {"none": ["model.rope.use_rope=false"], "fixed": ["model.rope.kind=fixed"]},
+        "variants": {
+            "none": ["model.rope.use_rope=false"],
+            "fixed": ["model.rope.kind=fixed"],
+            "fixed, one head": ["model.rope.kind=fixed", "model.embed_dim=32", "model.num_heads=1"],
+        },
         "sizes": [32], "strategies": ["extrapolate"], "split": "test", "dense": True, "seed": 3,
         "overrides": ["data.name=openmoji", "train.steps=2", "train.warmup=1", "train.batch_size=8", "model.depth=2",
                       "evaluate.gallery=60", "evaluate.queries=40"],
@@ -159,7 +163,8 @@ def test_runs_with_other_parameters_and_says_what_each_is(name, tmp_path):
     assert any((tmp_path / "run").rglob("metrics.json"))
     if "variants" in values:
         rows = rows_from_csv(tmp_path / "run/table.csv")
-        assert {"none", "fixed, extrapolated", "random init", "HOG"} < {row["encoder"] for row in rows}
+        read = {"none", "fixed, extrapolated", "fixed, one head, extrapolated", "random init", "HOG"}
+        assert read < {row["encoder"] for row in rows}
         assert {"place", "match_1", "knn", "probe"} < {row["metric"] for row in rows}
     if isinstance(values.get("positions"), list):  # mixed frequencies have no theta, so NTK is left out for them
         table = rows_from_csv(tmp_path / "run/table.csv")
