@@ -31,6 +31,7 @@ Data flows one way, and so do imports; each line is a place, top to bottom:
     evaluate.baselines evaluate.dense     thumbnails, colour histogram, HOG; places read from patch tokens
     evaluate.published                    published encoders of timm, read like ours
     evaluate.collection                   a folder of pictures -> features and nearest neighbours
+    train.whitening                       a fixed patch layer of principal components
     train.optimizer train.feed            AdamW and Muon; what a step feeds the model
     train.estimate                        what a step will cost, counted without numbers
     train.log train.loop                  the training loop: hjepa.train.train

@@ -177,6 +177,7 @@ class TrainConfig:
     mixed_precision: str = key("auto", choices=("auto", "no", "bf16", "fp16"))  # auto: what the processor is fast in
     tf32: bool = False  # products of float32 matrices in TensorFloat-32, on GPUs that have it
     compile: bool = False  # compile the transformer blocks, once for each shape of their tokens
+    whiten_patches: float | None = key(None, above=0)  # fixes the patch layer to components of patches; see whitening.py
     init_from: str | None = None  # weights to start from: a run's, a checkpoint's, or a name of list_pretrained()
     seed: int = key(0, at_least=0)  # everything random follows from it
     num_workers: int = key(0, at_least=0)  # loader processes
@@ -453,6 +454,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if values["train.ema_end"] < values["train.ema_start"]:
         start = f"train.ema_start={values['train.ema_start']}"
         raise UserError(f"train.ema_end={values['train.ema_end']} must not be below {start}")
+    for name in ("train.init_from", "model.pretrained"):
+        if values["train.whiten_patches"] is not None and values[name]:
+            own = f"{name}={str(values[name]).lower() if values[name] is True else values[name]}"
+            raise UserError(f"{own} has a patch layer of its own: leave train.whiten_patches at null")
     weights = values["model.level_weights"]
     if not 1 <= len(weights) <= 4 or min(weights) < 0 or not sum(weights):
         raise UserError(f"model.level_weights={weights} must be 1 to 4 numbers >= 0, not all 0")

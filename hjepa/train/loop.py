@@ -63,6 +63,7 @@ from .log import RunLog, check_pictures, check_run_dir, log_columns, note_versio
 from .optimizer import build_optimizer
 from .schedule import generator_at, lr_at, mix, share
 from .sharding import fsdp_plugin, is_sharded, prepare, whole_weights
+from .whitening import fix_patches, whiten_patches
 
 __all__ = ["TrainingDiverged", "build_model", "train"]
 
@@ -186,6 +187,12 @@ class _Run:
         self.unwrapped = build_model(self.config, len(self.train_data.classes))
         if options.init_from and not self.last_good:
             _start_from(options.init_from, self.unwrapped)
+        if options.whiten_patches is not None:
+            context = self.unwrapped.context_encoder
+            if not self.last_good:
+                whiten_patches(context, self.train_data, self.config.data.image_size, options.whiten_patches)
+                self.unwrapped.target_encoder.copy_from_context_encoder(context)
+            fix_patches(context)
         if options.compile:
             for block in [module for module in self.unwrapped.modules() if isinstance(module, Block)]:
                 block.compile(dynamic=False)
