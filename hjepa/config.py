@@ -177,7 +177,7 @@ class TrainConfig:
     mixed_precision: str = key("auto", choices=("auto", "no", "bf16", "fp16"))  # auto: what the processor is fast in
     tf32: bool = False  # products of float32 matrices in TensorFloat-32, on GPUs that have it
     compile: bool = False  # compile the transformer blocks, once for each shape of their tokens
-    whiten_patches: float | None = key(None, above=0)  # fixes the patch layer to components of patches; see whitening.py
+    whiten_patches: float | None = key(None, above=0)  # fixes the patch layer to components of patches (whitening.py)
     init_from: str | None = None  # weights to start from: a run's, a checkpoint's, or a name of list_pretrained()
     seed: int = key(0, at_least=0)  # everything random follows from it
     num_workers: int = key(0, at_least=0)  # loader processes
