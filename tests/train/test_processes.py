@@ -211,7 +211,8 @@ def test_the_first_process_hashes_a_checkpoint_and_the_others_take_its_word(tiny
     assert other == {"resumed": [2, []], "new": [0, []]}
 
 
-LEARNED = {
+CUT = {
+    "whitened": ("train.whiten_patches=0.1", "train.mixed_precision=no"),
     "mixed": ("model.rope.kind=mixed", "train.mixed_precision=no"),
     "mixed, bfloat16": ("model.rope.kind=mixed", "train.mixed_precision=bf16"),
     "theta, bfloat16": ("model.rope.learnable=true", "train.mixed_precision=bf16"),
@@ -220,14 +221,14 @@ LEARNED = {
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:this CPU multiplies")
-def test_cut_models_with_learned_frequencies_train_save_and_resume_as_whole_ones(tiny, tmp_path):
-    for name, options in LEARNED.items():
+def test_cut_models_with_learned_frequencies_or_a_fixed_layer_train_save_and_resume_as_whole_ones(tiny, tmp_path):
+    for name, options in CUT.items():
         config = tiny("train.steps=6", "train.checkpoint_every=3", "model.rope.use_rope=true", *options)
         train(config, tmp_path / name / "one", progress=False)
         shutil.copytree(tmp_path / name / "one", tmp_path / name / "resumed")
         shutil.rmtree(tmp_path / name / "resumed/checkpoints/step_00000006")
-    succeed(torchrun(TRAIN, tmp_path, *(f"{name}/{run}" for name in LEARNED for run in ("cut", "resumed"))))
-    for name, options in LEARNED.items():
+    succeed(torchrun(TRAIN, tmp_path, *(f"{name}/{run}" for name in CUT for run in ("cut", "resumed"))))
+    for name, options in CUT.items():
         within = 1e-5 if "train.mixed_precision=no" in options else 2e-4
         loss = column(tmp_path / name / "one", "loss")
         for run in ("cut", "resumed"):
