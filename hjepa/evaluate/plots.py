@@ -57,6 +57,7 @@ METRICS = {
     "probe": "linear probe accuracy\n(fitted at the training size)",
     "probe_fixed": "linear probe accuracy\n(weak fixed penalty, training size)",
     "probe_few": "linear probe accuracy\n(few labels, training size)",
+    "probe_centred": "linear probe accuracy\n(training size, centred at each)",
     "probe_refit": "linear probe accuracy\n(refitted at each size)",
     "knn": "kNN accuracy\n(gallery at the training size)",
     "retrieval": "same picture found at\nthe training size (fraction)",

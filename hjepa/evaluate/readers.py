@@ -4,14 +4,15 @@ The idea: a reader that learns little shows what the features hold. All run on t
 lie, and hold no more than ENTRIES similarities at once, or those of one query.
 Sources: weighted kNN, Wu et al. 2018 (arXiv:1805.01978, section 3.4); ridge with leave-one-out in closed form, Rifkin &
 Lippert 2007 (MIT-CSAIL-TR-2007-025), as scikit-learn has it; the one-standard-error rule for a penalty, Breiman et al.
-1984 (Classification and Regression Trees, section 3.4.3).
+1984 (Classification and Regression Trees, section 3.4.3); statistics of unlabelled pictures of the other kind in place
+of those fitted on, Li et al. 2016 (arXiv:1603.04779), who do so in batch norm.
 Not covered: how features are made (`hjepa.evaluate.transfer`), rank, similarity and intervals
 (`hjepa.evaluate.measures`).
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,12 +117,14 @@ class Probe:
     """A fitted linear reader: the class of the largest score, where scores are unit-length features @ weights +
     intercept.
 
-    weights [D, C] and intercept [C], float64; classes [C], the labels; penalty, in squared units of the features.
-    Where features are wide, `reduce` scales and projects them, and D is PCA_DIMS.
+    weights [D, C] and intercept [C], float64; centre [D], the mean that it was fitted around; classes [C], the labels;
+    penalty, in squared units of the features. Where features are wide, `reduce` scales and projects them, and D is
+    PCA_DIMS.
     """
 
     weights: Tensor
     intercept: Tensor
+    centre: Tensor
     classes: Tensor
     penalty: float
     reduce: Pipeline | None = None
@@ -130,11 +133,19 @@ class Probe:
         """Labels [N] of features [N, D]: a tensor on the probe's device, or an array of a numpy array."""
         if not isinstance(features, Tensor):
             return self.predict(torch.from_numpy(features)).cpu().numpy()
-        found = []
-        for part in features.to(self.weights.device).split(ROWS):
-            x = _on_cpu(self.reduce.transform, part) if self.reduce else F.normalize(part, dim=1)
-            found.append((x.double() @ self.weights + self.intercept).argmax(dim=1))
+        found = [(x @ self.weights + self.intercept).argmax(dim=1) for x in self._rows(features)]
         return self.classes[torch.cat(found)]
+
+    def centred_on(self, features: Tensor) -> "Probe":
+        """The same reader around the mean of other features [N, D], whose labels it does not ask for: a shift that all
+        of them share, such as that of another image size, no longer moves the scores."""
+        centre = torch.stack([x.sum(dim=0) for x in self._rows(features)]).sum(dim=0) / len(features)
+        return replace(self, intercept=self.intercept + (self.centre - centre) @ self.weights, centre=centre)
+
+    def _rows(self, features: Tensor) -> Iterator[Tensor]:
+        """What the weights are for, float64, ROWS pictures at a time."""
+        for part in features.to(self.weights.device).split(ROWS):
+            yield (_on_cpu(self.reduce.transform, part) if self.reduce else F.normalize(part, dim=1)).double()
 
 
 def linear_probe(features: Tensor, labels: Tensor) -> Probe:
@@ -165,7 +176,7 @@ def linear_probe(features: Tensor, labels: Tensor) -> Probe:
         sums = 2 * z.new_zeros(len(classes), z.shape[1]).index_add_(0, target, z)  # [C, R]: z.T @ codes, transposed
         chosen = _within_one_error(_left_out_hits(z, target, shrunk, sums, code) / len(x), len(x))
         weights = axes @ (sums * shrunk[chosen]).T
-    return Probe(weights, code - centre @ weights, classes, float(penalties[chosen]), reduce)
+    return Probe(weights, code - centre @ weights, centre, classes, float(penalties[chosen]), reduce)
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

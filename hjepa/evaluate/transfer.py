@@ -212,6 +212,7 @@ def resolution_transfer(
     probe, knn            fitted on `train` pictures at train_size
     probe_few             fitted on `few` of those, of two classes or more, DRAWS times; a picture counts by its share
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
+    probe_centred         as probe, around the mean of `train` pictures at that size, without their labels (likewise)
     retrieval, cka        against the same test pictures at train_size; retrieval among those of one placement
     effective_rank, feature_std
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
@@ -276,6 +277,7 @@ def resolution_transfer(
                     "knn": knn_accuracy(x_train, y_train, x, y_test, k),
                     **right,
                     **({"probe_refit": probe_hits(here, x, y_test)} if refit else {}),
+                    **({"probe_centred": probe_hits(probe.centred_on(known[name]), x, y_test)} if refit else {}),
                 }
                 if draws:
                     shares_few = [probe_hits(reader, x, y_test).double() for reader in on_few[name]]

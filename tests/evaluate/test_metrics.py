@@ -214,6 +214,9 @@ def test_probe_is_the_one_that_scikit_learn_fits(monkeypatch, pictures, width, c
     assert torch.equal(probe.predict(queries), torch.from_numpy(peer.predict(queries.numpy())))
     assert np.array_equal(probe.predict(queries.numpy()), peer.predict(queries.numpy()))
     assert kind == "equal" or 1 / classes < share.max() <= 1
+    if kind != "equal":
+        peer[0][1].mean_ = peer[0][0].transform(queries.numpy()).mean(axis=0)
+        assert torch.equal(probe.centred_on(queries).predict(queries), torch.from_numpy(peer.predict(queries.numpy())))
 
 
 def test_a_quiet_channel_that_shifts_spoils_a_weak_fixed_penalty_and_not_the_chosen_one():
