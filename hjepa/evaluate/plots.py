@@ -60,6 +60,7 @@ METRICS = {
     "probe_centred": "linear probe accuracy\n(training size, centred at each)",
     "probe_refit": "linear probe accuracy\n(refitted at each size)",
     "knn": "kNN accuracy\n(gallery at the training size)",
+    "knn_centred": "kNN accuracy\n(training size, centred at each)",
     "retrieval": "same picture found at\nthe training size (fraction)",
     "match_0": "patches that find their own place\nin the picture at the training size",
     "match_1": "patches that find their place\nwithin one patch",

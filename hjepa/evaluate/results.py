@@ -20,7 +20,7 @@ from ..inputs import UserError, size_pair, size_text
 
 Row = dict[str, Any]
 BASE = "absolute, resampled"  # the reader that gains are counted from
-ACCURACIES = ("probe", "probe_centred", "probe_few", "probe_fixed", "knn")  # probe_fixed, weak penalty: old results
+ACCURACIES = ("probe", "probe_centred", "probe_few", "probe_fixed", "knn", "knn_centred")  # _fixed: old results only
 MEASURED = ("value", "low", "high", "n", "interval")  # every other key of a row says what was measured
 
 

@@ -212,7 +212,8 @@ def resolution_transfer(
     probe, knn            fitted on `train` pictures at train_size
     probe_few             fitted on `few` of those, of two classes or more, DRAWS times; a picture counts by its share
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
-    probe_centred         as probe, around the mean of `train` pictures at that size, without their labels (likewise)
+    .._centred            as probe and knn, around the mean of `train` pictures at that size, without their labels
+                          (likewise)
     retrieval, cka        against the same test pictures at train_size; retrieval among those of one placement
     effective_rank, feature_std
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
@@ -276,9 +277,14 @@ def resolution_transfer(
                     "probe": probe_hits(probe, x, y_test),
                     "knn": knn_accuracy(x_train, y_train, x, y_test, k),
                     **right,
-                    **({"probe_refit": probe_hits(here, x, y_test)} if refit else {}),
-                    **({"probe_centred": probe_hits(probe.centred_on(known[name]), x, y_test)} if refit else {}),
                 }
+                if refit:
+                    back = x_train.mean(dim=0) - known[name].mean(dim=0)
+                    right |= {
+                        "probe_refit": probe_hits(here, x, y_test),
+                        "probe_centred": probe_hits(probe.centred_on(known[name]), x, y_test),
+                        "knn_centred": knn_accuracy(x_train, y_train, x + back, y_test, k),
+                    }
                 if draws:
                     shares_few = [probe_hits(reader, x, y_test).double() for reader in on_few[name]]
                     right["probe_few"] = torch.stack(shares_few).mean(0)

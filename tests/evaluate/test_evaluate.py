@@ -317,16 +317,17 @@ class Shifts(PatchMeans):
         return super().forward(images) + (images.shape[-1] != 8) * torch.tensor([0, 3.0, 0])
 
 
-def test_a_probe_around_the_mean_of_each_size_does_not_see_a_shift_that_all_pictures_share():
+@pytest.mark.parametrize("reader", ["probe", "knn"])
+def test_a_reader_around_the_mean_of_each_size_does_not_see_a_shift_that_all_pictures_share(reader):
     rows = resolution_transfer({"e": Shifts()}, Colours(80, 0), Colours(60, 1), train_size=8, sizes=[16])
     found = {(row["metric"], row["size"][0]): row["value"] for row in rows}
-    assert found["probe", 8] == found["probe_centred", 8] > 0.98
-    assert found["probe", 16] < 0.7 and found["probe_centred", 16] > 0.98
+    assert found[reader, 8] == found[f"{reader}_centred", 8] > 0.98
+    assert found[reader, 16] < 0.7 and found[f"{reader}_centred", 16] > 0.98
 
 
 def test_every_encoder_size_and_metric_has_one_tagged_row_with_its_interval(colour_rows):
     keys = [(row["encoder"], row["size"], row["metric"]) for row in colour_rows]
-    assert len(set(keys)) == len(keys) == 3 * 3 * 8
+    assert len(set(keys)) == len(keys) == 3 * 3 * 9
     for row in colour_rows:
         assert row["seed"] == 3 and row["n"] == 60
         assert row["low"] <= row["value"] <= row["high"]
@@ -349,7 +350,7 @@ def test_the_hits_behind_each_share_are_handed_out():
     hits: dict[Any, torch.Tensor] = {}
     data = Colours(40, 0), Colours(30, 1)
     rows = resolution_transfer({"e": Fades()}, *data, train_size=8, sizes=[16], hits=hits)
-    metrics = ("probe", "probe_centred", "probe_refit", "knn", "retrieval")
+    metrics = ("probe", "probe_centred", "probe_refit", "knn", "knn_centred", "retrieval")
     assert set(hits) == {("e", (s, s), m) for s in (8, 16) for m in metrics}
     for (_, size, metric), each in hits.items():
         assert each.shape == (30,) and float(each.double().mean()) == _value(rows, size=size, metric=metric)
