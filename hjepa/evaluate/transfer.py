@@ -212,8 +212,7 @@ def resolution_transfer(
     probe, knn            fitted on `train` pictures at train_size
     probe_few             fitted on `few` of those, of two classes or more, DRAWS times; a picture counts by its share
     probe_refit           fitted on `train` pictures at that size (left out with refit=False)
-    .._centred            as probe and knn, around the mean of `train` pictures at that size, without their labels
-                          (likewise)
+    probe_centred, knn_centred: the same around the mean of `train` pictures at that size, without labels (likewise)
     retrieval, cka        against the same test pictures at train_size; retrieval among those of one placement
     effective_rank, feature_std
     gallery, queries: seeded subsets of train and test (None: all). knn_k is bounded by the gallery.
