@@ -1,6 +1,7 @@
 """How a large folder of pictures opens, and whether its pictures come as fast as a training step takes them.
 
-    python -m benchmarks.feeding --folder pictures           makes 1.28 M links and 50,000 files there, removes them
+    python -m benchmarks.feeding --folder pictures --out benchmarks/feeding.json
+                                                             makes 1.28 M links and 50,000 files there, removes them
     python -m benchmarks.feeding --links 2000 --files 200    small: a check only
 
     open       seconds to list the links in 1,000 class folders, then to open the index in two more processes (with its
@@ -33,6 +34,7 @@ from hjepa.config import load_config
 from hjepa.data import sources
 from hjepa.train.feed import Feed
 from hjepa.train.optimizer import build_optimizer
+from hjepa.versions import versions
 
 CLASSES = 1000
 OPEN = """
@@ -141,11 +143,14 @@ def rates(folder: Path, cache: Path, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.feeding")
-    parser.add_argument("--folder", help="where to make the pictures; they are removed afterwards")
+    parser.add_argument("--folder", type=Path, help="where to make the pictures; they are removed afterwards")
+    parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     parser.add_argument("--links", type=int, default=1_280_000)
     parser.add_argument("--files", type=int, default=50_000)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root, found = Path(temporary), dict[str, Any]()
         make(root / "links", options.links, linked=True)
@@ -155,8 +160,11 @@ def main() -> None:
                 drop(root / "cache")
             print(name, json.dumps(found[name]), flush=True)
         make(root / "files", options.files, linked=False)
-        print(json.dumps(rates(root / "files", root / "cache", options.steps), indent=1))
-        print("load", os.getloadavg())
+        found["rates"] = rates(root / "files", root / "cache", options.steps)
+    found |= {"load": os.getloadavg()[0], "versions": versions()}
+    print(json.dumps(found, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -209,10 +209,13 @@ def test_an_unknown_section_is_refused_in_one_line(capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 def test_the_benchmark_of_feeding_runs_and_leaves_nothing(tmp_path: Path) -> None:
-    words = ["--folder", str(tmp_path), "--links", "300", "--files", "200", "--steps", "1"]
+    pictures, out = tmp_path / "new/pictures", tmp_path / "feeding.json"
+    words = ["--folder", str(pictures), "--links", "300", "--files", "200", "--steps", "1", "--out", str(out)]
     command = [sys.executable, "-m", "benchmarks.feeding", *words]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     lines = said.stdout.splitlines()
     assert [line.split(" {")[0] for line in lines[:3]] == ["made", "opened cold", "opened again"]
     assert '"pictures": 210' in lines[2] and "2 workers, waited" in said.stdout
-    assert not list(tmp_path.iterdir())
+    assert not list(pictures.iterdir())
+    committed = json.loads((Path(__file__).parents[1] / "benchmarks/feeding.json").read_text())
+    assert json.loads(out.read_text()).keys() == committed.keys()
