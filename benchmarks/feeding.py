@@ -32,6 +32,7 @@ from PIL import Image
 from hjepa.build import build_model, load_split
 from hjepa.config import load_config
 from hjepa.data import sources
+from hjepa.files import write_whole
 from hjepa.train.feed import Feed
 from hjepa.train.optimizer import build_optimizer
 from hjepa.versions import versions
@@ -162,9 +163,9 @@ def main() -> None:
         make(root / "files", options.files, linked=False)
         found["rates"] = rates(root / "files", root / "cache", options.steps)
     found |= {"load": os.getloadavg()[0], "versions": versions()}
-    print(json.dumps(found, indent=1))
+    print(json.dumps(found["rates"], indent=1), "load", found["load"])
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(options.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ MUTANTS = [
     Mutant("a picture of a later chunk among its own neighbours", "evaluate/readers", "similarity[:, first:].fill", "similarity[:, 0 * first :].fill", "metrics"),
     Mutant("a chunk of queries too many", "evaluate/readers", "max(1, ENTRIES // max(1, len(gallery)))", "1 + ENTRIES // max(1, len(gallery))", "metrics"),
     Mutant("a probe left around its old mean", "evaluate/readers", "intercept=self.intercept + (self.centre - centre)", "intercept=self.intercept + 0 * (self.centre - centre)", "metrics"),
-    Mutant("neighbours left around the old mean", "evaluate/transfer", "y_train, x + back, y_test", "y_train, x + 0 * back, y_test", "evaluate"),
+    Mutant("neighbours left around the old mean", "evaluate/transfer", "moved = x + (x_train", "moved = x + 0 * (x_train", "evaluate"),
     Mutant("a row's own leverage left in", "evaluate/readers", "fall = -2 * (", "fall = -1 * (", "metrics"),
     Mutant("leverage of the intercept forgotten", "evaluate/readers", " + 1 / len(z))", ")", "metrics"),
     Mutant("normal quantile for ten groups", "evaluate/measures", "float(stdtrit(len(parts) - 1, 0.975))", "1.96", "metrics"),

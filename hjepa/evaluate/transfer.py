@@ -278,11 +278,12 @@ def resolution_transfer(
                     **right,
                 }
                 if refit:
-                    back = x_train.mean(dim=0) - known[name].mean(dim=0)
+                    moved = x + (x_train.mean(dim=0) - known[name].mean(dim=0))
+                    near = right["knn"] if size == home else knn_accuracy(x_train, y_train, moved, y_test, k)
                     right |= {
                         "probe_refit": probe_hits(here, x, y_test),
                         "probe_centred": probe_hits(probe.centred_on(known[name]), x, y_test),
-                        "knn_centred": knn_accuracy(x_train, y_train, x + back, y_test, k),
+                        "knn_centred": near,
                     }
                 if draws:
                     shares_few = [probe_hits(reader, x, y_test).double() for reader in on_few[name]]
