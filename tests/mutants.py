@@ -118,8 +118,9 @@ MUTANTS = [
     Mutant("only one positive counts", "nn/losses", ".sum(1) / positive.sum(1)", ".max(1).values", "losses"),
     Mutant("sketch without its sine", "nn/losses", " + phase.sin().mean(0).square()", "", "losses"),
     # training
-    Mutant("bfloat16 that is emulated", "train/loop", "any(getattr(torch.cpu, name, bool)() for name in BFLOAT16)", "bool(BFLOAT16)", "precision"),
-    Mutant("bfloat16 where one of its instructions is enough", "train/loop", "any(getattr(torch.cpu, name, bool)()", "all(getattr(torch.cpu, name, bool)()", "precision"),
+    Mutant("bfloat16 that is emulated", "train/loop", "amx or (narrow and not newer)", "not newer", "precision"),
+    Mutant("bfloat16 where AMX is missing", "train/loop", "amx or (narrow and not newer)", "amx or narrow", "precision"),
+    Mutant("bfloat16 where one of its instructions is enough", "train/loop", "amx or (narrow and not newer)", "narrow and not newer", "precision"),
     Mutant("bfloat16 that a GPU emulates", "train/loop", "including_emulation=False", "including_emulation=True", "precision"),
     Mutant("whitening: nothing added", "train/whitening", "weight = axes / (variances + added).sqrt()[:, None]", "weight = axes / variances.sqrt()[:, None]", "whitening"),
     Mutant("whitening: the layer is trained on", "train/whitening", "proj.requires_grad_(False)", "proj.requires_grad_(True)", "whitening"),
