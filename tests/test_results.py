@@ -1,5 +1,6 @@
 """The committed sweeps: tables follow from the metrics, and the metrics from the files in configs/sweeps."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -10,6 +11,17 @@ from hjepa.experiments.sweep import load_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEPS = sorted(ROOT.glob("results/sweeps/*/results.json"))
+TABLES = sorted(ROOT.glob("results/**/*.csv"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: str(path.relative_to(ROOT / "results")))
+def test_every_row_of_a_committed_table_has_as_many_fields_as_its_head(path):
+    """A name with a comma that is not quoted shifts all others by one."""
+    with path.open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    assert len(head) > 1
+    assert rows
+    assert {len(row) for row in rows} == {len(head)}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.parent.name)
