@@ -8,7 +8,8 @@ shows. All views of a batch are made at once, on the device where the batch lies
 A crop with resizing is separable, so it is a product with one matrix per axis and picture. A row of that matrix holds
 the triangle filter of one output pixel, as wide as the crop shrinks: antialiased where it shrinks, bilinear where it
 grows (as torchvision's resize with antialias=True). A mirrored crop has its columns in reverse order. Brightness,
-contrast, saturation and grey together are one 3 x 3 matrix and an offset per picture.
+contrast, saturation and grey together are one 3 x 3 matrix and an offset per picture. A blurred view has wider filters,
+which cost nothing.
 
 Every number drawn follows from (seed, step), for the global batch; a process makes its own rows only.
 
@@ -16,7 +17,7 @@ Where a crop lies in its picture is kept, so that its patches have places there:
 
 Sources: crops and colours of SimCLR (Chen et al., 2020, appendix A), several sizes of crops from SwAV (Caron et al.,
 2020, section 3.2).
-Not covered: hue, blur, cropping along time.
+Not covered: hue, cropping along time.
 """
 
 import math
@@ -42,6 +43,7 @@ class Crops:
     brightness: Tensor  # [B], factor
     contrast: Tensor  # [B], factor about the mean grey
     saturation: Tensor  # [B], factor, 0 is grey
+    blur: Tensor  # [B], how many times as wide the filters of its pixels are
 
     def rows(self, rows: slice) -> "Crops":
         """The crops of some pictures."""
@@ -74,7 +76,7 @@ def constants(values: tuple[float, ...], device: torch.device, factor: int = 1) 
 def whole(batch_size: int) -> Crops:
     """Crops that are the whole picture, unchanged."""
     zero, one = torch.zeros(batch_size), torch.ones(batch_size)
-    return Crops(zero, zero, one, one, torch.zeros(batch_size, dtype=torch.bool), one, one, one)
+    return Crops(zero, zero, one, one, torch.zeros(batch_size, dtype=torch.bool), one, one, one, one)
 
 
 def draw_crops(
@@ -85,6 +87,7 @@ def draw_crops(
     flip: bool = True,
     color_jitter: float = 0.0,
     grey: float = 0.0,
+    blur: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Crops:
     """Draw one view of each picture.
@@ -96,18 +99,20 @@ def draw_crops(
         flip: mirror half of them.
         color_jitter: strength s: brightness, contrast and saturation are drawn from [1 - s, 1 + s].
         grey: share of the views without colour.
+        blur: most that the filter of a view's pixels is widened; the factor is drawn from [1, blur].
         generator: source of randomness.
 
     Raises:
-        ValueError: a scale out of order, a strength or share outside 0..1.
+        ValueError: a scale out of order, a strength or share outside 0..1, a blur below 1.
     """
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale={list(scale)} must be two numbers with 0 < smallest <= largest <= 1")
     for name, value in (("color_jitter", color_jitter), ("grey", grey)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value!r} must be between 0 and 1")
-    if not 1 <= aspect < math.inf:
-        raise ValueError(f"aspect={aspect!r} must be at least 1")
+    for name, value in (("aspect", aspect), ("blur", blur)):
+        if not 1 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} must be at least 1")
     area, ratio, top, left, mirrored, bright, contrast, saturation, chance = torch.rand(
         9, batch_size, generator=generator
     ).unbind(0)
@@ -116,6 +121,10 @@ def draw_crops(
     height, width = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     factors = [1 + color_jitter * (2 * part - 1) for part in (bright, contrast, saturation)]
     factors[2] = factors[2].masked_fill(chance < grey, 0.0)
+    wider = torch.ones(batch_size)
+    if blur > 1:
+        wider += (blur - 1) * torch.rand(batch_size, generator=generator)
+    factors.append(wider)
     return Crops(top * (1 - height), left * (1 - width), height, width, (mirrored < 0.5) & flip, *factors)
 
 
@@ -140,26 +149,28 @@ def cut(
         float32 `[B, 3, side, side]`.
     """
     height, width = pictures.shape[-2:]
-    across = _filters(crops.left * width, crops.width * width, side, width, crops.mirrored).to(dtype)
-    down = _filters(crops.top * height, crops.height * height, side, height).to(dtype)
+    across = _filters(crops.left * width, crops.width * width, side, width, crops.blur, crops.mirrored).to(dtype)
+    down = _filters(crops.top * height, crops.height * height, side, height, crops.blur).to(dtype)
     x = torch.bmm(pictures.to(dtype).flatten(1, 2), across.transpose(1, 2))  # [B, 3 S, side]
     x = torch.bmm(down, x.unflatten(1, (3, height)).transpose(1, 2).flatten(2))  # [B, side, 3 side]
     x = x.unflatten(2, (3, side)).transpose(1, 2).float() / 255
     return _recolour(x, crops, *(constants(tuple(values), x.device) for values in (mean, std)))
 
 
-def _filters(start: Tensor, length: Tensor, side: int, pixels: int, mirrored: Tensor | None = None) -> Tensor:
+def _filters(
+    start: Tensor, length: Tensor, side: int, pixels: int, blur: Tensor, mirrored: Tensor | None = None
+) -> Tensor:
     """Weights of the source pixels in each output pixel: `[B, side, pixels]`, rows sum to one.
 
     start, length: `[B]`, of the crop, in source pixels. A filter reaches as many source pixels to either side as one
-    output pixel covers, at least one, and not beyond the crop.
+    output pixel covers, at least one, times blur `[B]`, and not beyond the picture.
     """
     step = (length / side)[:, None, None]
     centre = start[:, None, None] + (torch.arange(side, device=start.device)[:, None] + 0.5) * step
     if mirrored is not None:
         centre = torch.where(mirrored[:, None, None], centre.flip(1), centre)
     place = torch.arange(pixels, device=start.device) + 0.5
-    weights = (1 - (place - centre).abs() / step.clamp(min=1)).clamp_(min=0)
+    weights = (1 - (place - centre).abs() / (step.clamp(min=1) * blur[:, None, None])).clamp_(min=0)
     return weights / weights.sum(-1, keepdim=True)
 
 

@@ -5,6 +5,8 @@ import torch
 from torch.nn.functional import avg_pool2d
 from torchvision.transforms.v2 import functional
 
+from hjepa.build import draw_views
+from hjepa.config import load_config
 from hjepa.data.views import Crops, cut, draw_crops, places, whole
 
 
@@ -53,6 +55,33 @@ def test_colours_change_as_torchvision_changes_them() -> None:
     expected = functional.adjust_contrast(functional.adjust_brightness(image, 0.8), 0.9)
     expected = functional.adjust_saturation(expected, 0.6)
     torch.testing.assert_close(cut(pictures, crops, 24)[0].double(), expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("side", [8, 24])
+def test_a_blurred_view_is_a_mean_under_a_triangle_as_many_times_as_wide(side: int) -> None:
+    """Against loops in float64, where it shrinks and where it does not."""
+    pictures, blur, step = noise(1, 24, 24), 2.5, 24 / side
+    filters = torch.zeros(side, 24, dtype=torch.float64)
+    for i in range(side):
+        for j in range(24):
+            filters[i, j] = max(0.0, 1 - abs((j + 0.5) - (i + 0.5) * step) / (blur * step))
+        filters[i] /= filters[i].sum()
+    expected = filters @ (pictures[0].double() / 255) @ filters.T
+    found = cut(pictures, crops_of(blur=[blur]), side)
+    torch.testing.assert_close(found[0].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_blurs_are_drawn_up_to_the_largest_and_leave_all_else_as_it_was() -> None:
+    plain, blurred = (draw_crops(2000, (0.2, 0.4), blur=b, generator=torch.Generator().manual_seed(0)) for b in (1, 3))
+    assert torch.equal(plain.blur, torch.ones(2000))
+    assert 1 <= blurred.blur.min() < 1.01 and 2.99 < blurred.blur.max() <= 3 and 1.95 < blurred.blur.mean() < 2.05
+    assert torch.equal(plain.top, blurred.top) and torch.equal(plain.saturation, blurred.saturation)
+
+
+def test_views_of_a_step_are_blurred_as_the_config_says() -> None:
+    sharp, blurred = (draw_views(load_config(None, ["objective=views", *more]), 3) for more in ([], ["views.blur=3"]))
+    assert all((crops.blur == 1).all() for kind in sharp for crops in kind)
+    assert all(2 < crops.blur.max() <= 3 for kind in blurred for crops in kind)
 
 
 def test_grey_views_have_no_colour_and_normalising_is_last() -> None:
@@ -113,6 +142,7 @@ def test_a_crops_patches_lie_at_fractions_and_a_mirrored_one_has_mirrored_places
         ({"scale": (0.1, 0.3), "grey": 1.5}, "grey=1.5"),
         ({"scale": (0.1, 0.3), "color_jitter": -0.1}, "color_jitter=-0.1"),
         ({"scale": (0.1, 0.3), "aspect": 0.5}, "aspect=0.5"),
+        ({"scale": (0.1, 0.3), "blur": 0.5}, "blur=0.5"),
     ],
 )
 def test_views_that_cannot_be_are_refused_by_value(options: dict, message: str) -> None:
