@@ -179,7 +179,7 @@ def draw_views(config: Config, step: int) -> tuple[list[Crops], list[Crops]]:
                 flip=config.data.flip,
                 color_jitter=options.color_jitter,
                 grey=options.grey,
-                blur=options.blur,
+                filter_width=options.filter_width,
                 generator=generator,
             )
             for _ in range(count)

@@ -140,7 +140,7 @@ class ViewsConfig:
     small_scale: list[float] = key([0.05, 0.3], interval=1.0)  # area share of a small view
     color_jitter: float = key(0.4, at_least=0, at_most=1)  # brightness, contrast, saturation: factors 1 +- this
     grey: float = key(0.2, at_least=0, at_most=1)  # share of views without colour
-    blur: float = key(1.0, at_least=1)  # the filter of a view's pixels is up to this many times as wide
+    filter_width: list[float] = key([1.0, 1.0], above=0.5, interval=math.inf)  # factors on the widths of filters
     keep: float = key(0.5, above=0, at_most=1)  # views alone: share of a large view's patches that is encoded
     coordinates: str = key("view", choices=("view", "picture"))  # positions in the view, or in its picture (RoPE)
 

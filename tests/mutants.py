@@ -112,8 +112,8 @@ MUTANTS = [
     # views
     Mutant("views not antialiased", "data/views", "step.clamp(min=1)", "torch.ones_like(step)", "views"),
     Mutant("mirrored views keep their places", "data/views", "1 - columns / grid[1], columns", "columns / grid[1], columns", "views"),
-    Mutant("blur not used", "data/views", " * blur[:, None, None])", ")", "views"),
-    Mutant("blur that is not drawn", "build", "blur=options.blur", "blur=1.0", "views"),
+    Mutant("width of filters not used", "data/views", " * wider[:, None, None])", ")", "views"),
+    Mutant("width of filters not drawn", "build", "filter_width=options.filter_width", "filter_width=(1.0, 1.0)", "views"),
     Mutant("crops leave the picture", "data/views", "top * (1 - height), left * (1 - width)", "top, left", "views"),
     Mutant("grey views keep their colour", "data/views", "masked_fill(chance < grey, 0.0)", "masked_fill(chance < 0, 0.0)", "views"),
     Mutant("a view compared with itself", "nn/losses", 'scores = scores.masked_fill(itself, float("-inf"))', "pass", "losses"),

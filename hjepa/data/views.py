@@ -8,8 +8,8 @@ shows. All views of a batch are made at once, on the device where the batch lies
 A crop with resizing is separable, so it is a product with one matrix per axis and picture. A row of that matrix holds
 the triangle filter of one output pixel, as wide as the crop shrinks: antialiased where it shrinks, bilinear where it
 grows (as torchvision's resize with antialias=True). A mirrored crop has its columns in reverse order. Brightness,
-contrast, saturation and grey together are one 3 x 3 matrix and an offset per picture. A blurred view has wider filters,
-which cost nothing.
+contrast, saturation and grey together are one 3 x 3 matrix and an offset per picture. Wider filters blur
+a view and narrower ones sharpen it, at no cost.
 
 Every number drawn follows from (seed, step), for the global batch; a process makes its own rows only.
 
@@ -43,7 +43,7 @@ class Crops:
     brightness: Tensor  # [B], factor
     contrast: Tensor  # [B], factor about the mean grey
     saturation: Tensor  # [B], factor, 0 is grey
-    blur: Tensor  # [B], how many times as wide the filters of its pixels are
+    wider: Tensor  # [B], how many times as wide the filters of its pixels are
 
     def rows(self, rows: slice) -> "Crops":
         """The crops of some pictures."""
@@ -87,7 +87,7 @@ def draw_crops(
     flip: bool = True,
     color_jitter: float = 0.0,
     grey: float = 0.0,
-    blur: float = 1.0,
+    filter_width: Sequence[float] = (1.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Crops:
     """Draw one view of each picture.
@@ -99,20 +99,22 @@ def draw_crops(
         flip: mirror half of them.
         color_jitter: strength s: brightness, contrast and saturation are drawn from [1 - s, 1 + s].
         grey: share of the views without colour.
-        blur: most that the filter of a view's pixels is widened; the factor is drawn from [1, blur].
+        filter_width: smallest and largest factor by which the filter of a view's pixels is wider, above 0.5: below 1
+            sharper than the resizing of pictures, above 1 blurred.
         generator: source of randomness.
 
     Raises:
-        ValueError: a scale out of order, a strength or share outside 0..1, a blur below 1.
+        ValueError: a scale out of order, a strength or share outside 0..1, a filter that may miss all pixels.
     """
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale={list(scale)} must be two numbers with 0 < smallest <= largest <= 1")
     for name, value in (("color_jitter", color_jitter), ("grey", grey)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value!r} must be between 0 and 1")
-    for name, value in (("aspect", aspect), ("blur", blur)):
-        if not 1 <= value < math.inf:
-            raise ValueError(f"{name}={value!r} must be at least 1")
+    if not 1 <= aspect < math.inf:
+        raise ValueError(f"aspect={aspect!r} must be at least 1")
+    if len(filter_width) != 2 or not 0.5 < filter_width[0] <= filter_width[1] < math.inf:
+        raise ValueError(f"filter_width={list(filter_width)} must be two numbers with 0.5 < smallest <= largest")
     area, ratio, top, left, mirrored, bright, contrast, saturation, chance = torch.rand(
         9, batch_size, generator=generator
     ).unbind(0)
@@ -121,9 +123,10 @@ def draw_crops(
     height, width = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     factors = [1 + color_jitter * (2 * part - 1) for part in (bright, contrast, saturation)]
     factors[2] = factors[2].masked_fill(chance < grey, 0.0)
-    wider = torch.ones(batch_size)
-    if blur > 1:
-        wider += (blur - 1) * torch.rand(batch_size, generator=generator)
+    least, most = filter_width
+    wider = torch.full((batch_size,), float(least))
+    if most > least:  # nothing is drawn where there is no choice, so that older runs go on as they were
+        wider += (most - least) * torch.rand(batch_size, generator=generator)
     factors.append(wider)
     return Crops(top * (1 - height), left * (1 - width), height, width, (mirrored < 0.5) & flip, *factors)
 
@@ -149,8 +152,8 @@ def cut(
         float32 `[B, 3, side, side]`.
     """
     height, width = pictures.shape[-2:]
-    across = _filters(crops.left * width, crops.width * width, side, width, crops.blur, crops.mirrored).to(dtype)
-    down = _filters(crops.top * height, crops.height * height, side, height, crops.blur).to(dtype)
+    across = _filters(crops.left * width, crops.width * width, side, width, crops.wider, crops.mirrored).to(dtype)
+    down = _filters(crops.top * height, crops.height * height, side, height, crops.wider).to(dtype)
     x = torch.bmm(pictures.to(dtype).flatten(1, 2), across.transpose(1, 2))  # [B, 3 S, side]
     x = torch.bmm(down, x.unflatten(1, (3, height)).transpose(1, 2).flatten(2))  # [B, side, 3 side]
     x = x.unflatten(2, (3, side)).transpose(1, 2).float() / 255
@@ -158,19 +161,19 @@ def cut(
 
 
 def _filters(
-    start: Tensor, length: Tensor, side: int, pixels: int, blur: Tensor, mirrored: Tensor | None = None
+    start: Tensor, length: Tensor, side: int, pixels: int, wider: Tensor, mirrored: Tensor | None = None
 ) -> Tensor:
     """Weights of the source pixels in each output pixel: `[B, side, pixels]`, rows sum to one.
 
     start, length: `[B]`, of the crop, in source pixels. A filter reaches as many source pixels to either side as one
-    output pixel covers, at least one, times blur `[B]`, and not beyond the picture.
+    output pixel covers, at least one, times wider `[B]`, and not beyond the picture.
     """
     step = (length / side)[:, None, None]
     centre = start[:, None, None] + (torch.arange(side, device=start.device)[:, None] + 0.5) * step
     if mirrored is not None:
         centre = torch.where(mirrored[:, None, None], centre.flip(1), centre)
     place = torch.arange(pixels, device=start.device) + 0.5
-    weights = (1 - (place - centre).abs() / (step.clamp(min=1) * blur[:, None, None])).clamp_(min=0)
+    weights = (1 - (place - centre).abs() / (step.clamp(min=1) * wider[:, None, None])).clamp_(min=0)
     return weights / weights.sum(-1, keepdim=True)
 
 

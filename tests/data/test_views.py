@@ -57,31 +57,36 @@ def test_colours_change_as_torchvision_changes_them() -> None:
     torch.testing.assert_close(cut(pictures, crops, 24)[0].double(), expected, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("side", [8, 24])
-def test_a_blurred_view_is_a_mean_under_a_triangle_as_many_times_as_wide(side: int) -> None:
-    """Against loops in float64, where it shrinks and where it does not."""
-    pictures, blur, step = noise(1, 24, 24), 2.5, 24 / side
+@pytest.mark.parametrize("wider", [0.7, 2.5])
+@pytest.mark.parametrize("side", [8, 24, 36])
+def test_a_view_is_a_mean_under_triangles_as_many_times_as_wide(side: int, wider: float) -> None:
+    """Against loops in float64, where it shrinks, where it grows and where it does neither."""
+    pictures, step = noise(1, 24, 24), 24 / side
     filters = torch.zeros(side, 24, dtype=torch.float64)
     for i in range(side):
         for j in range(24):
-            filters[i, j] = max(0.0, 1 - abs((j + 0.5) - (i + 0.5) * step) / (blur * step))
+            filters[i, j] = max(0.0, 1 - abs((j + 0.5) - (i + 0.5) * step) / (wider * max(step, 1.0)))
         filters[i] /= filters[i].sum()
     expected = filters @ (pictures[0].double() / 255) @ filters.T
-    found = cut(pictures, crops_of(blur=[blur]), side)
+    found = cut(pictures, crops_of(wider=[wider]), side)
     torch.testing.assert_close(found[0].double(), expected, atol=1e-5, rtol=0)
 
 
-def test_blurs_are_drawn_up_to_the_largest_and_leave_all_else_as_it_was() -> None:
-    plain, blurred = (draw_crops(2000, (0.2, 0.4), blur=b, generator=torch.Generator().manual_seed(0)) for b in (1, 3))
-    assert torch.equal(plain.blur, torch.ones(2000))
-    assert 1 <= blurred.blur.min() < 1.01 and 2.99 < blurred.blur.max() <= 3 and 1.95 < blurred.blur.mean() < 2.05
-    assert torch.equal(plain.top, blurred.top) and torch.equal(plain.saturation, blurred.saturation)
+def test_widths_are_drawn_between_their_bounds_and_leave_all_else_as_it_was() -> None:
+    plain, other = (
+        draw_crops(2000, (0.2, 0.4), filter_width=width, generator=torch.Generator().manual_seed(0))
+        for width in ((1.0, 1.0), (0.6, 2.6))
+    )
+    assert torch.equal(plain.wider, torch.ones(2000))
+    assert 0.6 <= other.wider.min() < 0.61 and 2.59 < other.wider.max() <= 2.6 and 1.55 < other.wider.mean() < 1.65
+    assert torch.equal(plain.top, other.top) and torch.equal(plain.saturation, other.saturation)
 
 
-def test_views_of_a_step_are_blurred_as_the_config_says() -> None:
-    sharp, blurred = (draw_views(load_config(None, ["objective=views", *more]), 3) for more in ([], ["views.blur=3"]))
-    assert all((crops.blur == 1).all() for kind in sharp for crops in kind)
-    assert all(2 < crops.blur.max() <= 3 for kind in blurred for crops in kind)
+def test_the_filters_of_a_step_are_as_wide_as_the_config_says() -> None:
+    more = ["views.filter_width=[0.6, 3]"]
+    plain, other = (draw_views(load_config(None, ["objective=views", *settings]), 3) for settings in ([], more))
+    assert all((crops.wider == 1).all() for kind in plain for crops in kind)
+    assert all(0.6 <= crops.wider.min() < 1 and 2 < crops.wider.max() <= 3 for kind in other for crops in kind)
 
 
 def test_grey_views_have_no_colour_and_normalising_is_last() -> None:
@@ -142,7 +147,8 @@ def test_a_crops_patches_lie_at_fractions_and_a_mirrored_one_has_mirrored_places
         ({"scale": (0.1, 0.3), "grey": 1.5}, "grey=1.5"),
         ({"scale": (0.1, 0.3), "color_jitter": -0.1}, "color_jitter=-0.1"),
         ({"scale": (0.1, 0.3), "aspect": 0.5}, "aspect=0.5"),
-        ({"scale": (0.1, 0.3), "blur": 0.5}, "blur=0.5"),
+        ({"scale": (0.1, 0.3), "filter_width": (0.5, 1)}, r"filter_width=\[0.5, 1\] must be .* 0.5 < smallest"),
+        ({"scale": (0.1, 0.3), "filter_width": (2, 1)}, r"filter_width=\[2, 1\]"),
     ],
 )
 def test_views_that_cannot_be_are_refused_by_value(options: dict, message: str) -> None:
