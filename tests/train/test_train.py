@@ -527,7 +527,7 @@ def test_a_precision_that_this_cpu_emulates_is_said(monkeypatch, recwarn, narrow
 
 
 def test_a_training_warns_of_the_precision_it_was_asked_for(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "BFLOAT16", ())  # a processor without instructions for it
+    monkeypatch.setattr(train_module, "_fast_in_bfloat16", lambda: False)  # a processor without instructions for it
     monkeypatch.setattr(train_module, "_matmul_seconds", {torch.float32: 1.0, torch.bfloat16: 9.0}.__getitem__)
     with pytest.warns(UserWarning, match="9 times more slowly with train.mixed_precision=bf16"):
         train(tiny("train.mixed_precision=bf16", "train.steps=1"), tmp_path / "run", progress=False)
