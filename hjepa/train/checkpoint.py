@@ -5,8 +5,8 @@
         optimizer.pt        AdamW's state, read back with torch.load(weights_only=True): no code is run
         state.json          format marker, step, config, SHA-256 of the other files and of itself
 
-A model that is cut over processes (FSDP) writes shards/ in place of the first two, every process its slices
-(`hjepa.train.shards`), while training goes on. Either kind is read by any number of processes, cut or not.
+Several processes write shards/ in place of the first two, each its part (`hjepa.train.shards`), while training goes
+on. Either kind is read by any number of processes, cut (FSDP) or not.
 
 A checkpoint is written to a hidden folder beside its place, flushed to disk, then renamed: it is there whole or not
 at all, and a full disk leaves the earlier ones as they were. The two newest are kept. Random state is not stored:
@@ -69,7 +69,7 @@ def save_checkpoint(
 ) -> Path:
     """Write run_dir/checkpoints/step_{step} and return it; step counts finished optimiser steps.
 
-    model, optimizer: the objects or their state dicts (of a cut model: `begin_checkpoint`). extra: JSON values kept
+    model, optimizer: the objects or their state dicts (of several processes: `begin_checkpoint`). extra: JSON values kept
     under "extra" in the state (mean and std of the data, for example). OSError on a full disk or a read-only folder,
     with the earlier checkpoints untouched. Of those, config.train.keep_checkpoints stay, this one included.
     """
@@ -96,7 +96,9 @@ def begin_checkpoint(
     extra: Mapping[str, Any] | None,
     group: dist.ProcessGroup,
 ) -> Callable[[], Path]:
-    """Begin to write a cut model's checkpoint as slices; all processes call it, on one shared folder.
+    """Begin to write a checkpoint in parts; all processes call it, on one shared folder.
+
+    Of a cut model each writes its slices, of one that all hold alike its share of the tensors.
 
     Training may go on at once. The result waits until the checkpoint is in its place and returns it; call it on all
     processes before the next begins. OSError there as in `save_checkpoint`. group: a gloo group of all processes that
@@ -107,6 +109,8 @@ def begin_checkpoint(
     dist.broadcast_object_list(number, group=group)  # the main process's: one folder for all
     temporary = parent / f".tmp-{step}-{number[0]}"
     tensors, groups = shards.slices(model, optimizer)
+    if not is_sharded(model):
+        tensors = shards.share(tensors)
 
     def commit(digests: dict[str, str]) -> None:
         """In a thread of the main process; the others have nothing left to do."""

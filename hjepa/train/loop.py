@@ -204,7 +204,8 @@ class _Run:
 
         self.model, self.optimizer = prepare(self.accelerator, self.unwrapped, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
-        self.group: Any = dist.new_group(backend="gloo") if is_sharded(self.unwrapped) else None  # of checkpoints alone
+        many = self.accelerator.num_processes > 1 or is_sharded(self.unwrapped)
+        self.group: Any = dist.new_group(backend="gloo") if many else None  # of checkpoints alone
         state: dict[str, Any] = {"step": 0, "extra": {}}
         if self.last_good:
             state = load_checkpoint(self.last_good, self.unwrapped, self.optimizer.optimizer)
@@ -410,7 +411,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def settle(self) -> None:
-        """Wait for the slices that are still being written, if any; only then are they the last good checkpoint."""
+        """Wait for the checkpoint that is still being written, if any; only then is it the last good one."""
         if self.writing is not None:
             (step, finished), self.writing = self.writing, None
             with self.stopping(step):

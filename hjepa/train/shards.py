@@ -1,11 +1,12 @@
-"""Checkpoints that stay in slices: what a model cut over processes (FSDP) writes, and how anyone reads it.
+"""Checkpoints in parts: what several processes write together, and how anyone reads it.
 
-    shards/__0_0.distcp     the slices of process 0, and so on
+    shards/__0_0.distcp     the part of process 0, and so on
     shards/.metadata        the names, shapes and places of all tensors
 
 torch.distributed.checkpoint (DCP) writes and reads them. A tensor is called "model/" and its name in the uncut model,
 or "optimizer/", the name of its weight, "/" and what it is (exp_avg). So any number of processes reads them, cut or
-not; each reads the pieces it needs, without a word to the others.
+not; each reads the pieces it needs, without a word to the others. A part is the slices of every tensor that a process
+holds of a cut model (FSDP), or some of the tensors where each process holds all (DDP).
 
 Writing is asynchronous: the tensors are copied to the CPU, then a thread of each process writes its file while
 training goes on. The threads talk in a gloo group of their own. .metadata is a pickle: only the classes that DCP
@@ -77,7 +78,7 @@ class _Writer(dcp.FileSystemWriter):
 def begin_writing(
     folder: Path, tensors: Mapping[str, Tensor], commit: Callable[[dict[str, str]], Any], group: dist.ProcessGroup
 ) -> Callable[[], None]:
-    """Begin to write; every process calls it with its slices. The result waits for the end, of all processes.
+    """Begin to write; every process calls it with its part. The result waits for the end, of all processes.
 
     commit: called in a thread of the first process with the SHA-256 of each file, after all are on disk. An OSError
     names the process where something failed, commit included.
@@ -94,7 +95,10 @@ def begin_writing(
 
 
 def slices(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """This process's part of every tensor of a cut model, and the optimiser's groups, by weights' names."""
+    """This process's slice of every tensor of a cut model, and the optimiser's groups, by weights' names.
+
+    Of an uncut model: all tensors.
+    """
     tensors = {MODEL + name: tensor for name, tensor in get_model_state_dict(model).items()}
     if optimizer is None:
         return tensors, []  # type: ignore[return-value]
@@ -102,6 +106,12 @@ def slices(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[d
     for name, values in moments["state"].items():
         tensors |= {f"{OPTIMIZER}{name}/{what}": tensor for what, tensor in values.items()}
     return tensors, moments["param_groups"]  # type: ignore[return-value]
+
+
+def share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's of tensors that all processes hold alike: largest first, each to the next process in turn."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].nbytes, name))
+    return {name: tensors[name] for name in names[dist.get_rank() :: dist.get_world_size()]}
 
 
 # ---- reading

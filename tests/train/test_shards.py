@@ -1,4 +1,4 @@
-"""Claims of hjepa.train.shards: slices are read by any number of processes, and are there whole or not at all.
+"""Claims of hjepa.train.shards: parts are read by any number of processes, and are there whole or not at all.
 
 Every file is written a second late, so that training has gone on by then.
 """
@@ -62,9 +62,17 @@ loop._Run.update = lambda self, step: self.watch("loss", bad, step) if step == 4
 said("diverged", loop.train, config, folder / "diverged", progress=False)
 loop._Run.update, full = update, True
 said("full", loop.train, config, folder / "diverged", progress=False, resume=True)
+full, os.environ["ACCELERATE_USE_FSDP"] = False, "false"
+begin, copied = shards.dcp.async_save, []
+def counted(tensors, **options):
+    copied.append(sum(tensor.nbytes for tensor in tensors.values()))
+    return begin(tensors, **options)
+shards.dcp.async_save = counted
+loop.train(config, folder / "shared", progress=False)
+(folder / f"copied{rank}.json").write_text(str(copied))
 """
 READS = """
-for name, cut in (("ddp", "false"), ("four", "true")):
+for name, cut in (("ddp", "false"), ("four", "true"), ("shared-ddp", "false"), ("shared-four", "true")):
     os.environ["ACCELERATE_USE_FSDP"] = cut
     loop.train(config, folder / name, progress=False, resume=True)
 def cut(config):
@@ -98,12 +106,13 @@ def resumable(folder: Path, source: str, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(pictures, tmp_path_factory) -> Path:
-    """one: a run of one process. cut: of two, in slices, read by four as four, ddp and copy."""
+    """one: a run of one process. cut and shared: of two, in slices and whole on each; read by four as four, ddp, copy."""
     folder = tmp_path_factory.mktemp("shards")
     train(load_config(None, [*TINY, f"data.path={pictures}", *OPTIONS]), folder / "one", progress=False)
     launch(2, WRITES, folder)
     for name in ("four", "ddp", "back"):
         resumable(folder, "cut", name)
+        resumable(folder, "shared", f"shared-{name}")
     launch(4, READS, folder)
     shutil.copy(folder / "one/config.yaml", folder / "copy")
     return folder
@@ -153,17 +162,33 @@ def test_slices_of_two_processes_give_one_and_four_the_state_at_their_step(runs)
             torch.testing.assert_close(found["state"][number][what], tensor, atol=1e-5, rtol=0)
 
 
-def test_one_process_four_of_ddp_and_four_of_fsdp_go_on_from_slices_of_two(runs):
-    train(load_config(runs / "one/config.yaml"), runs / "back", resume=True, progress=False)
-    for name in ("cut", "back", "ddp", "four"):
+@pytest.mark.parametrize(("of_two", "prefix"), [("cut", ""), ("shared", "shared-")])
+def test_one_process_four_of_ddp_and_four_of_fsdp_go_on_from_parts_of_two(runs, of_two, prefix):
+    names = of_two, *(f"{prefix}{name}" for name in ("back", "ddp", "four"))
+    train(load_config(runs / "one/config.yaml"), runs / names[1], resume=True, progress=False)
+    for name in names:
         torch.testing.assert_close(column(runs / name, "loss"), column(runs / "one", "loss"), atol=1e-5, rtol=0)
-    kinds = {name: (step(runs / name, 6) / "shards").is_dir() for name in ("cut", "back", "ddp", "four")}
-    assert kinds == {"cut": True, "back": False, "ddp": False, "four": True}
+    assert [(step(runs / name, 6) / "shards").is_dir() for name in names] == [True, False, True, True]
 
 
-def test_the_newest_are_kept_and_no_process_writes_the_whole(runs):
-    assert sorted(path.name for path in (runs / "cut/checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
-    path = step(runs / "cut", 6)
+def test_what_two_processes_hold_alike_is_there_once_as_it_was_at_its_step(runs):
+    """A DDP run's weights and moments equal those of one process, though written late; a process copies its share."""
+    (model, optimizer), (whole, whole_optimizer) = loaded(step(runs / "shared")), loaded(step(runs / "one"))
+    torch.testing.assert_close(model.state_dict(), whole.state_dict(), atol=1e-5, rtol=0)
+    found, expected = optimizer.state_dict(), whole_optimizer.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(found["state"], expected["state"], atol=1e-5, rtol=0)
+    whole_bytes = sum(tensor.nbytes for tensor in whole.state_dict().values())
+    whole_bytes += sum(tensor.nbytes for values in expected["state"].values() for tensor in values.values())
+    copied = [json.loads((runs / f"copied{rank}.json").read_text()) for rank in range(2)]
+    assert [sum(pair) for pair in zip(*copied, strict=True)] == [whole_bytes] * 3  # nothing twice
+    assert all(0.4 < number / whole_bytes < 0.6 for number in copied[0])
+
+
+@pytest.mark.parametrize("run", ["cut", "shared"])
+def test_the_newest_are_kept_and_no_process_writes_the_whole(runs, run):
+    assert sorted(path.name for path in (runs / run / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+    path = step(runs / run, 6)
     assert sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) == sorted([*FILES, "state.json"])
     whole = sum((path / name).stat().st_size for name in FILES[:2])
     assert all(0.4 < (path / name).stat().st_size / whole < 0.6 for name in FILES[:2])
