@@ -69,7 +69,7 @@ def save_checkpoint(
 ) -> Path:
     """Write run_dir/checkpoints/step_{step} and return it; step counts finished optimiser steps.
 
-    model, optimizer: the objects or their state dicts (of several processes: `begin_checkpoint`). extra: JSON values kept
+    model, optimizer: the objects or their state dicts (several processes: `begin_checkpoint`). extra: JSON values kept
     under "extra" in the state (mean and std of the data, for example). OSError on a full disk or a read-only folder,
     with the earlier checkpoints untouched. Of those, config.train.keep_checkpoints stay, this one included.
     """

@@ -60,6 +60,19 @@ def test_the_loss_of_labels_is_the_cross_entropy_of_every_view_with_its_pictures
     assert 0 < int(arguments["labels"].sum()) < 8
 
 
+def test_the_model_is_given_views_in_the_widths_that_were_drawn(tmp_path):
+    """Wide filters blur every view, large and small; nothing else about it changes."""
+    ((plain,), (wide,)) = (
+        feed_of(small(tmp_path, "objective=views", f"views.filter_width={width}"), range(1))
+        for width in ("[1, 1]", "[4, 4]")
+    )
+    for name in ("images", "small"):
+        edges = [views[name].diff(dim=-1).abs().mean((1, 2, 3)) for views in (plain, wide)]
+        assert (edges[1] < edges[0]).all() and edges[1].mean() < 0.6 * edges[0].mean(), name
+        blurred = [torch.nn.functional.avg_pool2d(views[name], 8) for views in (plain, wide)]
+        assert (blurred[0] - blurred[1]).abs().mean() < 0.2 * blurred[0].std()
+
+
 @pytest.mark.parametrize("objective", ["views", "labels"])
 def test_a_feed_that_begins_at_a_step_gives_what_the_whole_one_gives_there(tmp_path, objective):
     """Pictures, crops, colours, masks: nothing depends on the steps before."""

@@ -106,7 +106,7 @@ def resumable(folder: Path, source: str, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(pictures, tmp_path_factory) -> Path:
-    """one: a run of one process. cut and shared: of two, in slices and whole on each; read by four as four, ddp, copy."""
+    """one: a run of one process. cut and shared: of two, in slices and whole on each; read by four."""
     folder = tmp_path_factory.mktemp("shards")
     train(load_config(None, [*TINY, f"data.path={pictures}", *OPTIONS]), folder / "one", progress=False)
     launch(2, WRITES, folder)
