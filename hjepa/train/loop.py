@@ -406,9 +406,8 @@ class _Run:
         with self.stopping(step):
             if self.group is not None:
                 self.writing = (step, begin_checkpoint(*arguments, self.group))
-            elif self.main:
+            else:
                 self.last_good = save_checkpoint(*arguments)
-        self.accelerator.wait_for_everyone()
 
     def settle(self) -> None:
         """Wait for the checkpoint that is still being written, if any; only then is it the last good one."""
