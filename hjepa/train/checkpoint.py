@@ -379,12 +379,12 @@ def load_checkpoint(
 
 
 def weights_at(folder: Path) -> Path:
-    """Where a checkpoint has its weights: a file, or a folder of slices."""
+    """Where a checkpoint has its weights: a file, or a folder of parts."""
     return folder / (SHARDS if (folder / SHARDS).is_dir() else WEIGHTS)
 
 
 def read_model(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """A checkpoint's weights whose names begin with prefix, without it; of slices no others are read."""
+    """A checkpoint's weights whose names begin with prefix, without it; of parts no others are read."""
     place = weights_at(folder)
     if place.name == SHARDS:
         with _readable(place):

@@ -109,7 +109,7 @@ def slices(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[d
 
 
 def share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This process's of tensors that all processes hold alike: largest first, each to the next process in turn."""
+    """This process's share of the tensors that all hold alike: largest first, each to the next process in turn."""
     names = sorted(tensors, key=lambda name: (-tensors[name].nbytes, name))
     return {name: tensors[name] for name in names[dist.get_rank() :: dist.get_world_size()]}
 
