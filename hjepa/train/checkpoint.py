@@ -384,7 +384,7 @@ def weights_at(folder: Path) -> Path:
 
 
 def read_model(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """A checkpoint's weights whose names begin with prefix, without it; of parts no others are read."""
+    """A checkpoint's weights whose names begin with prefix, without it; where they lie in parts, no others are read."""
     place = weights_at(folder)
     if place.name == SHARDS:
         with _readable(place):

@@ -1,6 +1,6 @@
 """Claims of hjepa.train.shards: parts are read by any number of processes, and are there whole or not at all.
 
-Every file is written a second late, so that training has gone on by then.
+Files are written once training has gone on, or a second late.
 """
 
 import json
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 OPTIONS = ("train.steps=6", "train.checkpoint_every=2", "model.rope.use_rope=true", "model.rope.learnable=true")
 FILES = ("shards/__0_0.distcp", "shards/__1_0.distcp", "shards/.metadata")
 COMMON = """
-import os, sys, time
+import json, os, sys, time
 from pathlib import Path
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -49,13 +49,23 @@ def said(name, function, *arguments, **options):
         (folder / f"{name}{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 """
 WRITES = """
-write, update, full = shards._Writer.write_data, loop._Run.update, False
+write, update, full, done, seen = shards._Writer.write_data, loop._Run.update, False, 0, []
+def counted(self, step):
+    global done
+    result, done = update(self, step), step + 1
+    return result
 def late(self, plan, planner):
-    time.sleep(1)
+    number, until = int(str(self.path).split(".tmp-")[1].split("-")[0]), time.monotonic() + 60
+    if loop._Run.update is counted and number < 6:
+        while done <= number and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.append([self.path.parts[self.path.parts.index("checkpoints") - 1], number, done])
+    else:
+        time.sleep(1)
     if full and rank == 1 and ".tmp-6-" in str(self.path):
         raise OSError(28, "No space left on device")
     return write(self, plan, planner)
-shards._Writer.write_data = late
+shards._Writer.write_data, loop._Run.update = late, counted
 loop.train(config, folder / "cut", progress=False)
 bad = loop.torch.tensor(float("nan"))
 loop._Run.update = lambda self, step: self.watch("loss", bad, step) if step == 4 else update(self, step)
@@ -64,12 +74,13 @@ loop._Run.update, full = update, True
 said("full", loop.train, config, folder / "diverged", progress=False, resume=True)
 full, os.environ["ACCELERATE_USE_FSDP"] = False, "false"
 begin, copied = shards.dcp.async_save, []
-def counted(tensors, **options):
+def weighed(tensors, **options):
     copied.append(sum(tensor.nbytes for tensor in tensors.values()))
     return begin(tensors, **options)
-shards.dcp.async_save = counted
+shards.dcp.async_save, loop._Run.update, done = weighed, counted, 0
 loop.train(config, folder / "shared", progress=False)
 (folder / f"copied{rank}.json").write_text(str(copied))
+(folder / f"seen{rank}.json").write_text(json.dumps(seen))
 """
 READS = """
 for name, cut in (("ddp", "false"), ("four", "true"), ("shared-ddp", "false"), ("shared-four", "true")):
@@ -183,6 +194,13 @@ def test_what_two_processes_hold_alike_is_there_once_as_it_was_at_its_step(runs)
     copied = [json.loads((runs / f"copied{rank}.json").read_text()) for rank in range(2)]
     assert [sum(pair) for pair in zip(*copied, strict=True)] == [whole_bytes] * 3  # nothing twice
     assert all(0.4 < number / whole_bytes < 0.6 for number in copied[0])
+
+
+def test_training_goes_on_while_several_processes_write_whether_the_model_is_cut_or_not(runs):
+    for rank in range(2):
+        seen = json.loads((runs / f"seen{rank}.json").read_text())
+        assert [(run, number) for run, number, _ in seen] == [(r, n) for r in ("cut", "shared") for n in (2, 4)]
+        assert all(done > number for _, number, done in seen)
 
 
 @pytest.mark.parametrize("run", ["cut", "shared"])
