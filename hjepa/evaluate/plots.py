@@ -26,6 +26,7 @@ from torch import Tensor
 from ..inputs import size_pair, size_text
 from ..nn.frequencies import STRATEGIES
 from ..nn.masks import Masks, level_grid
+from .measures import symmetric_eigen
 from .results import Row, by_encoder, by_setting, home_size, summarise
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -312,7 +313,7 @@ def pca_features(maps: Sequence[Tensor]) -> list[np.ndarray]:
     flat = [m.detach().cpu().double().flatten(0, 1) for m in maps]
     mean = torch.stack([x.mean(dim=0) for x in flat]).mean(dim=0)
     spread = torch.stack([(x - mean).T @ (x - mean) / len(x) for x in flat]).mean(dim=0)
-    axes = torch.linalg.eigh(spread).eigenvectors[:, -3:].flip(1)  # [D, 3], strongest first
+    axes = symmetric_eigen(spread)[1][:, -3:].flip(1)  # [D, 3], strongest first
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
     scores = [(x - mean) @ axes for x in flat]
     ends = torch.stack([s.quantile(torch.tensor([0.01, 0.99]).double(), dim=0) for s in scores])  # [maps, 2, 3]

@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor
 
-from .measures import one_thread
+from .measures import one_thread, symmetric_eigen
 
 ENTRIES = 2**26  # similarities held at once: 256 MiB in float32
 ROWS, SCORES = 2**12, 2**22  # of a probe: pictures, and scores of classes, worked on at once
@@ -183,9 +183,9 @@ def _principal(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Centred rows x [N, D] on their principal axes: z = x @ axes [N, R], squared lengths of its columns [R], axes
     [D, R], where R is the smaller of N and D."""
     if len(x) > x.shape[1]:
-        spectrum, axes = torch.linalg.eigh(x.T @ x)
+        spectrum, axes = symmetric_eigen(x.T @ x)
         return x @ axes, spectrum.clamp(min=0), axes
-    spectrum, basis = torch.linalg.eigh(x @ x.T)
+    spectrum, basis = symmetric_eigen(x @ x.T)
     length = spectrum.clamp(min=1e-200).sqrt()  # not 0, so that an axis without length divides by something
     return basis * length, length.square(), x.T @ (basis / length)
 

@@ -28,6 +28,7 @@ from .measures import (
     jackknife_interval,
     linear_cka,
     one_thread,
+    symmetric_eigen,
 )
 from .processes import agreed, gathered, is_first, share
 from .readers import Probe, knn_accuracy, linear_probe, probe_hits, retrieval_hits
@@ -352,5 +353,5 @@ def _narrow(x: Tensor) -> Tensor:
     """Features wider than their number, [N, D > N] -> [N, N] with the same inner products, rank and CKA."""
     if x.shape[1] <= len(x):
         return x
-    values, vectors = torch.linalg.eigh(x.double() @ x.double().T)
+    values, vectors = symmetric_eigen(x.double() @ x.double().T)
     return vectors * values.clamp(min=0).sqrt()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..evaluate.measures import symmetric_eigen
 from ..evaluate.shown import subset
 from ..inputs import UserError
 
@@ -45,7 +46,7 @@ def components(patches: Tensor, width: int, added: float) -> tuple[Tensor, Tenso
     """Weights [width, P] and bias [width], float64, of the layer for patches [N, P]."""
     x = patches.double()
     mean = x.mean(0)
-    variances, axes = torch.linalg.eigh(torch.cov((x - mean).T))  # weakest first
+    variances, axes = symmetric_eigen(torch.cov((x - mean).T))  # weakest first
     variances, axes = variances[-width:].flip(0).clamp(min=0), axes[:, -width:].flip(1).T
     weight = axes / (variances + added).sqrt()[:, None]
     weight = SPREAD * weight / (variances / (variances + added)).mean().sqrt()

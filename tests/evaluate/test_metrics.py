@@ -19,6 +19,7 @@ from hjepa.evaluate.measures import (
     jackknife_interval,
     linear_cka,
     one_thread,
+    symmetric_eigen,
 )
 from hjepa.evaluate.readers import (
     PENALTIES,
@@ -393,3 +394,30 @@ def test_jackknife_in_ten_groups_covers_a_mean_as_often_as_it_says():
         _, low, high = jackknife_interval(lambda rows, x=x: float(x[rows].mean()), 100)
         covered.append(low <= 0 <= high)
     assert 0.935 < np.mean(covered) < 0.965
+
+
+def test_a_matrix_of_low_rank_has_eigenvectors_and_a_probe():
+    """The counts of six of 216 colours, as in grey pictures: torch.linalg.eigh alone fails on some, with MKL."""
+    colours = torch.arange(0, 216, 43)
+    with one_thread():
+        for seed in range(60):
+            counts = torch.zeros(50, 216, dtype=torch.float64)
+            counts[:, colours] = torch.rand(50, 6, generator=_generator(seed), dtype=torch.float64)
+            counts -= counts.mean(0)
+            matrix = counts.T @ counts
+            values, vectors = symmetric_eigen(matrix)
+            torch.testing.assert_close(vectors * values @ vectors.T, matrix, rtol=0, atol=1e-10)
+            torch.testing.assert_close(vectors.T @ vectors, torch.eye(216).double(), rtol=0, atol=1e-10)
+            assert np.allclose(values[-6:], np.linalg.eigvalsh(matrix[colours[:, None], colours]))
+
+
+def test_a_failure_of_torch_is_answered_by_scipy(monkeypatch):
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    x, y = _clusters(60, 0)
+    expected = linear_probe(x, y)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    found = linear_probe(x, y)
+    assert found.penalty == pytest.approx(expected.penalty)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-6, atol=1e-9)
