@@ -171,3 +171,10 @@ def test_runs_with_other_parameters_and_says_what_each_is(name, tmp_path):
         mixed = {row["encoder"] for row in table if "mixed" in row["encoder"]}
         assert mixed == {"hybrid_mixed, interpolated"}
         assert {"hybrid, ntk", "hybrid, interpolated", "none"} < {row["encoder"] for row in table}
+
+
+@pytest.mark.slow
+def test_training_starts_from_an_encoder_of_drawings_too(tmp_path):
+    values = {"start": "openmoji-none", "positions": "none", "objective": "masks", "steps": 4, "batch_size": 8}
+    execute(NOTEBOOKS / "06_train.ipynb", tmp_path / "out.ipynb", values | {"run_dir": str(tmp_path)}, cwd=NOTEBOOKS)
+    assert (tmp_path / "from-openmoji-none/metrics.json").is_file()
